@@ -1,0 +1,29 @@
+"""Takes the pictures of README out of the notebooks' stored outputs: python pictures/make.py
+
+PICTURES names a notebook's picture by words of the cell that drew it.
+"""
+import base64, io, json
+from pathlib import Path
+
+from PIL import Image
+
+TOP = Path(__file__).parent.parent
+PICTURES = {}   # file name -> (notebook, words in the source of the cell, width in pixels)
+
+
+def stored_picture(notebook, words):
+    "The PNG that the first cell whose source holds `words` has stored."
+    for cell in json.loads((TOP / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and words in "".join(cell["source"]):
+            for output in cell["outputs"]:
+                if "image/png" in output.get("data", {}):
+                    return Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
+    raise SystemExit(f"{notebook} has no stored picture in a cell with {words!r}. Run the notebook, or mend PICTURES.")
+
+
+if __name__ == "__main__":
+    for name, (notebook, words, width) in PICTURES.items():
+        picture = stored_picture(notebook, words)
+        picture.thumbnail((width, width))
+        picture.quantize(128).save(TOP / "pictures" / name, optimize=True)
+        print(name, picture.size)
