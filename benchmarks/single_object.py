@@ -76,7 +76,7 @@ def train(name, data, args):
     with learn.no_bar(), learn.no_logging():
         learn.freeze()
         learn.fit_one_cycle(args.frozen, 3e-3, cbs=[Seconds(start, name), SkipValidation()])
-        learn.unfreeze()
+        learn.freeze_to(1)
         learn.fit_one_cycle(args.epochs, slice(args.lr / 100, args.lr), cbs=[Seconds(start, name), SkipValidation()])
         seconds = time.time() - start
         pred, (boxes, labels) = learn.get_preds(dl=dls.valid)
@@ -101,7 +101,7 @@ def main():
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--bs", type=int, default=32)
     p.add_argument("--frozen", type=int, default=2, help="epochs with a frozen backbone")
-    p.add_argument("--epochs", type=int, default=5, help="epochs after that")
+    p.add_argument("--epochs", type=int, default=5, help="epochs with the later half of the backbone unfrozen")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--crop", type=float, default=.5)
     p.add_argument("--seed", type=int, default=42)

@@ -83,8 +83,8 @@ def iou(
     """
     _check(a, "iou: a"), _check(b, "iou: b")
     if not _fit(a.shape[:-1], b.shape[:-1]):
-        raise ValueError(f"iou: a is {list(a.shape)} and b is {list(b.shape)}, which cannot be paired one to one. "
-                         "For every a with every b use pairwise_iou.")
+        raise ValueError(f"iou: a is {list(a.shape)} and b is {list(b.shape)}, "
+                         "which cannot be paired one to one. For every a with every b use pairwise_iou.")
     a, b = _wide(a), _wide(b)
     ax0, ay0, ax1, ay1 = a.unbind(-1)                                              # [...] each
     bx0, by0, bx1, by1 = b.unbind(-1)                                              # [...] each
@@ -108,7 +108,8 @@ def pairwise_iou(
     for name, boxes in (("a", a), ("b", b)):
         _check(boxes, f"pairwise_iou: {name}")
         if boxes.ndim < 2:
-            raise ValueError(f"pairwise_iou: {name} is one box, shape [4]. Use {name}[None] to make it [1, 4].")
+            raise ValueError(f"pairwise_iou: {name} is one box, shape [4]. "
+                             f"Use {name}[None] to make it [1, 4].")
     if not _fit(a.shape[:-2], b.shape[:-2]):
         raise ValueError(f"pairwise_iou: a is {list(a.shape)} and b is {list(b.shape)}. "
                          "The dimensions before the last two must be equal, or 1, or missing.")

@@ -6,12 +6,17 @@
 __all__ = ['largest', 'only_largest', 'one_thread', 'DetectionDataset', 'collate', 'dataloaders', 'pick_device', 'keep_memory',
            'Backbone', 'lite0_weights', 'backbone', 'class_loss', 'ObjectMean', 'param_groups']
 
-# %% ../nbs/03_largest.ipynb #c89b2faa
+# %% ../nbs/03_largest.ipynb #d1fe3ba4
 import ctypes, platform
-import timm, torch
-import torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import replace
+from .boxes import area
+from .data import Data, open_image
+from .start import data_root
+
+# %% ../nbs/03_largest.ipynb #bd386ee1
+import timm, torch
+import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Metric
@@ -20,8 +25,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from .boxes import area
-from .data import Data, data_root, open_image
 
 # %% ../nbs/03_largest.ipynb #2a7a25ea
 def largest(

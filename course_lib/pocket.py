@@ -766,6 +766,7 @@ def plan(
     if rng.random() < 0.07: return [(name, rng.uniform(0.1, 0.26)) for name in some(1) * int(rng.integers(4, 9))]
     n = min(int(rng.geometric(0.45)), 8)
     sides = 0.05 * (0.9 / n ** 0.3 / 0.05) ** (rng.random(n) ** 0.6)
+    if rng.random() < 0.75: sides[0] = rng.uniform(0.4, 0.9)
     names = some(n)
     return [(names[0] if rng.random() < 0.2 else name, float(side)) for name, side in zip(names, sides)]
 
@@ -792,7 +793,7 @@ def place(
 
 # %% ../nbs/90_pocket.ipynb #e42fb25e
 KEEP_SHARE, KEEP_SIDE = 0.15, 5 / 256
-DIFFICULT_SHARE, DIFFICULT_SIDE = 0.35, 10 / 256
+DIFFICULT_SHARE, DIFFICULT_SIDE = 0.30, 8 / 256
 TRUNCATED_SHARE, OCCLUDED_SHARE = 0.95, 0.90
 
 # %% ../nbs/90_pocket.ipynb #42589fcc
@@ -961,7 +962,7 @@ def _fill(part, counts, seed, size):
         names = "".join(f"{i:07d}\n" for i in range(start, start + n))
         (part / "ImageSets" / "Main" / f"{split}.txt").write_text(names, encoding="utf-8")
         jobs += [(str(part), seed, i, size) for i in range(start, start + n)]
-    print(f"drawing pocket: {len(jobs):,} pictures" + (", about half a minute, once" if len(jobs) > 900 else ""))
+    print(f"drawing pocket: {len(jobs):,} pictures" + (", about a minute, once" if len(jobs) > 900 else ""))
     for _ in tqdm(_draw_all(jobs), total=len(jobs), leave=False, disable=None): pass
 
 # %% ../nbs/90_pocket.ipynb #e17a925f

@@ -8,7 +8,18 @@ from pathlib import Path
 from PIL import Image
 
 TOP = Path(__file__).parent.parent
-PICTURES = {}   # file name -> (notebook, words in the source of the cell, width in pixels)
+# file name -> (notebook, words in the source of the cell, largest side in pixels)
+PICTURES = {
+    "pocket.png": ("03_largest", "show_grid(one.train[:8]", 1100),
+    "start.png": ("00_start", "the library reads in the order of the lessons", 480),
+    "data.png": ("01_data", "Do it yourself first", 480),
+    "plot.png": ("01b_plot", "A bright line on a wider dark one", 480),
+    "boxes.png": ("02_boxes", "At .5 the guess (dashed)", 480),
+    "largest.png": ("03_largest", "Mean strength of the features", 480),
+    "locate.png": ("04_locate", "One picture, eight times", 480),
+    "single.png": ("05_single", "show_guesses(range(8)", 480),
+    "pocket_classes.png": ("90_pocket", "WORDS", 480),
+}
 
 
 def stored_picture(notebook, words):

@@ -14,8 +14,8 @@ from course_lib import pocket
 from course_lib.pocket import (DRAW, POCKET_CLASSES, RARE, SPLITS, arrange, cut_out, draw_decoy, extent, make_pocket, mix, plan,
                                pocket_picture, raster, voc_xml)
 
-BOXES = "c4d45ea7be07178f369f33c7bfc6b508410744b10e6e9c031f47c1b1769b935d"
-PIXELS = "d752673b5833ccab7b418fe13a52ffdf987e5ecc7f480fd97eb7191bc4baecd0"
+BOXES = "40ea62275dd415b507bdc99444b57f9b64ae6822ae31f170663dfc7da69aeef1"
+PIXELS = "06ac122a730707c98b55a6a46d00305b3f3768323e22a23c3f588f2620711fec"
 TESTED = {"resvg_py": "0.5.0", "pillow": "13.0.0", "numpy": "2.4.6"}
 SMALL = dict(n_train=6, n_valid=3, n_test=2, size=64)
 
@@ -75,7 +75,7 @@ def test_annotations_agree_with_a_second_way_of_counting():
     "Paint numbers instead of colours on a canvas three times as wide, and read everything off it."
     seen_flags, n_objects, size = set(), 0, 256
     for index in range(45):
-        items = arrange(np.random.default_rng([11, index]).spawn(3)[2], size)
+        items = arrange(np.random.default_rng([13, index]).spawn(3)[2], size)
         wide = np.zeros((3 * size, 3 * size), int)
         alone = []
         for number, item in enumerate(items, 1):
@@ -95,7 +95,7 @@ def test_annotations_agree_with_a_second_way_of_counting():
             assert len(xs) >= 0.15 * silhouette and short >= 5, "too little of it to be kept"
             assert thing["truncated"] == (inside < 0.95 * silhouette)
             assert thing["occluded"] == (len(xs) < 0.90 * inside)
-            assert thing["difficult"] == (len(xs) < 0.35 * silhouette or short < 10)
+            assert thing["difficult"] == (len(xs) < 0.30 * silhouette or short < 8)
             seen_flags |= {(flag, thing[flag]) for flag in ("truncated", "occluded", "difficult")}
             n_objects += 1
     assert n_objects > 80 and len(seen_flags) == 6
