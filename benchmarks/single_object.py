@@ -101,7 +101,7 @@ def main():
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--bs", type=int, default=32)
     p.add_argument("--frozen", type=int, default=2, help="epochs with a frozen backbone")
-    p.add_argument("--epochs", type=int, default=5, help="epochs with the later half of the backbone unfrozen")
+    p.add_argument("--epochs", type=int, default=4, help="epochs with the later half of the backbone unfrozen")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--crop", type=float, default=.5)
     p.add_argument("--seed", type=int, default=42)
