@@ -18,17 +18,17 @@ PICTURES = {
     "largest.png": ("03_largest", "Mean strength of the features", 480),
     "locate.png": ("04_locate", "One picture, eight times", 480),
     "single.png": ("05_single", "show_guesses(range(8)", 480),
-    "pocket_classes.png": ("90_pocket", "WORDS", 480),
+    "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
 }
 
 
 def stored_picture(notebook, words):
-    "The PNG that the first cell whose source holds `words` has stored."
+    "The picture that the first cell whose source holds `words` has stored."
     for cell in json.loads((TOP / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code" and words in "".join(cell["source"]):
             for output in cell["outputs"]:
-                if "image/png" in output.get("data", {}):
-                    return Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
+                for kind in ("image/png", "image/jpeg"):
+                    if kind in output.get("data", {}): return Image.open(io.BytesIO(base64.b64decode(output["data"][kind]))).convert("RGB")
     raise SystemExit(f"{notebook} has no stored picture in a cell with {words!r}. Run the notebook, or mend PICTURES.")
 
 
