@@ -22,7 +22,7 @@ class SingleHead(nn.Module):
         size,       # side of the pictures, in pixels
         stride=32,  # of the feature map
         hidden=256, # width of the hidden layer
-        drop=.4,    # share of activations that are dropped in training
+        drop=.2,    # share of activations that are dropped in training
     ):
         """A head for the largest object: from a feature map to one box and the logits of its class
 
