@@ -212,8 +212,8 @@ class ObjectMean(Metric):
 
 # %% ../nbs/03_largest.ipynb #253b5bee
 def param_groups(
-    model, # nn.Sequential of a `Backbone` and a head
+    model, # a network whose first part is a `Backbone`
 ): # three lists of parameters
     "Early body, late body, head: the groups that train at different rates (a fastai `splitter`)"
-    body, head = list(model[0].parameters()), list(model[1].parameters())
-    return [body[:len(body) // 2], body[len(body) // 2:], head]
+    body, *head = (list(part.parameters()) for part in model.children())
+    return [body[:len(body) // 2], body[len(body) // 2:], sum(head, [])]

@@ -121,7 +121,7 @@ def check_memory() -> list[Check]:
     n, gb = cpu_count(), memory_gb()
     checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, {platform.machine() or 'kind unknown'}")]
     if gb is None: memory = Check("memory", "cannot be told here", "note", "See in your task manager that 8 GB are there.")
-    elif gb >= 3.5: memory = Check("memory", f"{gb:.0f} GB")
+    elif gb >= 5: memory = Check("memory", f"{gb:.0f} GB")
     else: memory = Check("memory", f"{gb:.1f} GB", "note", "Close other kernels; later, use batches of 16 and num_workers=0.")
     checks.append(memory)
     shared = Path("/dev/shm")

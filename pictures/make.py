@@ -18,6 +18,10 @@ PICTURES = {
     "largest.png": ("03_largest", "Mean strength of the features", 480),
     "locate.png": ("04_locate", "One picture, eight times", 480),
     "single.png": ("05_single", "show_guesses(range(8)", 480),
+    "multilabel.png": ("06_multilabel", "Each class has its own map", 480),
+    "grid.png": ("07_grid", "After: {total_after", 480),
+    "anchors.png": ("08_anchors", "189 anchors: each grid", 480),
+    "focal.png": ("09_focal", "The hardest backgrounds (dashed)", 480),
     "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
 }
 
