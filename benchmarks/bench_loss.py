@@ -107,7 +107,7 @@ def their_retinanet(anchors, targets):
 
 
 def ours(anchors, kind, boxes, labels):
-    loss = SSDLoss(anchors, kind)
+    loss = SSDLoss(anchors, kind, positive=.5, negative=.4, box_weight=1.)
     return lambda offsets, logits: loss((offsets, logits), boxes, labels)
 
 
@@ -170,7 +170,7 @@ def agree():
     pictures = [(b[:1], l[:1]) for b, l in random_batch(rng)]
     offsets, logits = torch.randn(BATCH, 189, 4, generator=rng), torch.randn(BATCH, 189, CLASSES, generator=rng)
     for i, (b, l) in enumerate(pictures):
-        loss = SSDLoss(anchors, "focal")((offsets[i:i + 1], logits[i:i + 1]), b[None], l[None])
+        loss = SSDLoss(anchors, "focal", positive=.5, negative=.4, box_weight=1.)((offsets[i:i + 1], logits[i:i + 1]), b[None], l[None])
         theirs = their_retinanet(anchors, [{"boxes": b, "labels": l}])(offsets[i:i + 1], logits[i:i + 1])
         one_best = (box_iou(b, anchors) == box_iou(b, anchors).max()).sum() == 1
         if one_best: torch.testing.assert_close(loss, theirs, rtol=1e-4, atol=1e-5)

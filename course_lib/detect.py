@@ -93,6 +93,7 @@ def detections(
     """
     (offsets, logits), C = pred, pred[1].shape[-1]
     _check_range("detections", score=score, iou=iou)
+    if min(candidates, top) < 0: raise ValueError(f"detections: candidates={candidates} and top={top} must not be negative.")
     _check_pred(offsets, logits, anchors)
     offsets, logits = offsets.float(), logits.float().flatten(1)                          # [B,A,4] [B,A*C]
     bar = torch.tensor(score, dtype=torch.double).logit().item()
@@ -120,18 +121,24 @@ def _evaluating(model):
 def _check_values(picture):
     "Raise for numbers that are neither uint8 nor from 0 to 1: they would be shown to the network as white."
     dtype = str(getattr(picture, "dtype", "uint8")).removeprefix("torch.")
-    if dtype not in ("uint8", "bool") and 0 not in picture.shape and picture.max() > 1:
-        raise ValueError(f"predict: a picture of {dtype} reaches {float(picture.max()):g}. Pass uint8, or numbers from 0 to 1.")
+    if dtype in ("uint8", "bool") or 0 in picture.shape or 0 <= picture.min() <= picture.max() <= 1: return
+    raise ValueError(f"predict: a picture of {dtype} goes from {float(picture.min()):g} to {float(picture.max()):g}. Pass uint8, or numbers from 0 to 1.")
+
+# %% ../nbs/10_nms.ipynb #squish10
+def _squish(picture, size):
+    "A picture of any kind as the network's input, uint8 `[3,size,size]`, and its own height and width."
+    _check_values(picture)
+    image = torch.from_numpy(to_array(picture).copy()).permute(2, 0, 1)                   # [3,h,w]
+    if 0 in image.shape: raise ValueError(f"predict: a picture of {image.shape[2]} x {image.shape[1]} pixels has nothing in it.")
+    return TF.resize(image, [size, size], antialias=True), image.shape[1:]
 
 # %% ../nbs/10_nms.ipynb #6ee5838a
 def _predict_batch(model, pictures, score, iou):
     "Detections in a few pictures, each in its own pixels."
-    for picture in pictures: _check_values(picture)
-    images = [torch.from_numpy(to_array(picture).copy()).permute(2, 0, 1) for picture in pictures]          # [3,h,w] each
-    batch = torch.stack([TF.resize(image, [model.size, model.size], antialias=True) for image in images])
-    found = detections(model(batch.to(model.anchors.device).float() / 255), model.anchors, model.size, score, iou)
-    for image, one in zip(images, found):
-        h, w = image.shape[1:]
+    images, sides = zip(*(_squish(picture, model.size) for picture in pictures))
+    batch = torch.stack(images).to(model.anchors.device).float() / 255                    # [B,3,size,size]
+    found = detections(model(batch), model.anchors, model.size, score, iou)
+    for (h, w), one in zip(sides, found):
         one.update({k: v.cpu() for k, v in one.items()})
         one["boxes"] = one["boxes"] * torch.tensor([w, h, w, h]) / model.size
     return found

@@ -117,14 +117,15 @@ def predict(self: DetectionLearner,
 # %% ../nbs/11b_detector.ipynb #cc6c4433
 @patch
 def get_preds(self: DetectionLearner,
-    ds_idx=1,  # 0: training, 1: validation; not used where `dl` is given
+    ds_idx=1,  # 0: training, as its transforms leave it; 1: validation; not used where `dl` is given
     dl=None,   # a data loader of the course's kind
     score=.01, # answers with a lower probability are dropped
 ): # two lists with a dict for each picture: what was found (boxes, scores, labels) and what is there (boxes, labels, difficult)
     """Detections and truth for every picture of a data loader, in order, in pixels of the network's input.
 
     Not what fastai's method of this name returns; its other arguments are not supported."""
-    dl, metrics, collect = dl or self.dls[ds_idx].new(shuffle=False, drop_last=False), self.metrics, MeanAP(score=score)
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+    metrics, collect = self.metrics, MeanAP(score=score)
     self.metrics = collect
     try: self.validate(dl=dl)
     finally: self.metrics = metrics
@@ -226,7 +227,7 @@ def write_whole(
 # %% ../nbs/11b_detector.ipynb #a32df534
 def _place(learn, file):
     "The path that `file` stands for: a name goes into the learner's model folder, a name with a suffix .pth or .pt is a path"
-    file = Path(file)
+    file = Path(file).expanduser()
     if file.suffix in (".pth", ".pt"): return file
     return learn.path / learn.model_dir / f"{file}.pth"
 
@@ -246,12 +247,13 @@ def read_checkpoint(
     path, # of a file that `learn.save` wrote
 ): # dict, on the CPU
     "The content of a checkpoint, read with `weights_only=True`. FileNotFoundError or ValueError where it is none."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. learn.save(...) returns the path that it wrote.")
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError: raise
     except Exception as e: raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no checkpoint ({type(e).__name__}).") from e
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    parts = {"kind", "size", "classes", "settings", "body", "anchors", "model"}
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not parts <= state.keys():
         raise ValueError(f"checkpoint: {path.name!r} was not written by a DetectionLearner's save, or by one of another version.")
     return state
 
@@ -273,7 +275,7 @@ def load(self: DetectionLearner,
     file,          # as in `save`
     device=None,   # None: where the model is
     with_opt=True, # with the optimiser's state, if the file has one?
-    **kwargs,      # what fastai's callbacks say besides; files are always read with `weights_only=True`
+    weights_only=True, # fastai's callbacks say it; files are always read with True
 ): # the learner
     "Load what `save` has written. ValueError, before anything is changed, for other classes, sizes, anchors or networks."
     distrib_barrier()
@@ -290,7 +292,7 @@ def load(self: DetectionLearner,
 def _fill_opt(learn, stored):
     "Give the learner's optimiser the stored state, on the model's device"
     if learn.opt is None: learn.create_opt()
-    device = learn.model.anchors.device
+    device = get_model(learn.model).anchors.device
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
     state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]
     try: learn.opt.load_state_dict(dict(state=state, hypers=L(stored["hypers"])))
@@ -310,11 +312,17 @@ def load_detector(
     _fill(model, state, name)
     return model.to(pick_device(device)).eval(), state["classes"]
 
+# %% ../nbs/11b_detector.ipynb #ofcourse
+def _of_the_course(module):
+    "Is this the name of one of the course's modules?"
+    package, _, name = module.partition(".")
+    return package == "course_lib" and name.isidentifier() and find_spec(module) is not None
+
 # %% ../nbs/11b_detector.ipynb #30c4ace9
 def _rebuild(state, name):
     "A model of the class and with the settings that a checkpoint names, with random weights"
     module, _, kind = state["kind"].rpartition(".")
-    known = getattr(import_module(module), kind, None) if module.startswith("course_lib.") and find_spec(module) else None
+    known = getattr(import_module(module), kind, None) if _of_the_course(module) else None
     if not (isinstance(known, type) and issubclass(known, nn.Module)) or state["settings"] is None or state["body"] is None:
         raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. Make one and pass it as model=.")
     body = backbone(state["body"]["name"], pretrained=False, out_indices=state["body"]["out_indices"])

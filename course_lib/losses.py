@@ -41,9 +41,9 @@ class SSDLoss(nn.Module):
         alpha=.25,      # of `focal_loss`
         gamma=2.,       # of `focal_loss`
         negatives=3,    # of "hard"
-        positive=.5,    # of `match`
-        negative=.4,    # of `match`
-        box_weight=1.,  # how much the boxes count against the classes
+        positive=.4,    # of `match`
+        negative=.3,    # of `match`
+        box_weight=None, # how much the boxes count against the classes; None: `alpha` for "focal", which turns the classes down, else 1
     ):
         """Loss of a detector with anchors: smooth L1 of the offsets of matched anchors, and a yes-or-no loss for each class of every anchor.
 
@@ -56,7 +56,8 @@ class SSDLoss(nn.Module):
         if kind not in ("bce", "hard", "focal"): raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
         self.kind, self.negatives = kind, negatives
         self.alpha, self.gamma = (alpha, gamma) if kind == "focal" else (None, 0)
-        self.positive, self.negative, self.box_weight = positive, negative, box_weight
+        self.positive, self.negative = positive, negative
+        self.box_weight = (self.alpha or 1.) if box_weight is None else box_weight
         self.register_buffer("anchors", anchors)
         sides = anchors[:, 2:] - anchors[:, :2]
         self.register_buffer("unit", anchors.new_tensor([-.5, -.5, .5, .5]), persistent=False)

@@ -28,8 +28,9 @@ def match(
        `positive` on, is background below `negative`, and ignored (-2) between.
     3. An anchor that a difficult object has taken by these rules is ignored.
 
-    No loop over pictures or anchors, no shape that depends on the data, no waiting for the GPU. An
-    object that overlaps no free anchor gets none: see `unmatched`. Liu et al., SSD (2016), section 2.2,
+    Rule 1 is worked out in rounds: all pairs whose object and anchor are each other's strongest left are
+    settled at once. No loop over pictures or anchors, no shape that depends on the data, no waiting for a
+    GPU (on the CPU the rounds end early). An object that overlaps no free anchor gets none: see `unmatched`. Liu et al., SSD (2016), section 2.2,
     where two objects with the same best anchor are not provided for; the band between the thresholds
     is Faster R-CNN's (Ren et al. 2015, 3.1.2). ValueError for shapes that do not fit, or unless
     0 < negative <= positive <= 1.
@@ -41,12 +42,16 @@ def match(
     overlap = pairwise_iou(boxes, anchors).masked_fill_((labels < 0)[..., None], 0)       # [B,N,A]
     best, matched = overlap.max(1)                                                        # [B,A] [B,A]
     matched = matched.masked_fill(best < positive, -2).masked_fill(best < negative, -1)   # [B,A]
-    picture, free = torch.arange(B, device=boxes.device), overlap
+    slots, chosen = torch.arange(N, device=boxes.device), boxes.new_full((B, A + 1), -1, dtype=torch.long)
+    free = overlap
     for _ in range(min(N, A)):
-        strongest, n = free.amax(2).max(1)                                                # [B] [B]
-        a = free[picture, n].argmax(1)                                                    # [B]
-        matched[picture, a] = torch.where(strongest > 0, n, matched[picture, a])
-        free[picture, n], free[picture, :, a] = 0, 0                                      # settled
+        strongest, a = free.max(2)                                                        # [B,N] [B,N]
+        rival = free.gather(2, a[:, None].expand(-1, N, -1)).argmax(1)                    # [B,N]
+        wins = (strongest > 0) & (rival == slots)                                         # [B,N]
+        chosen.scatter_(1, a.masked_fill(~wins, A), slots.expand(B, -1))                  # column A: no anchor
+        if boxes.device.type == "cpu" and torch.equal(wins, strongest > 0): break
+        free = free.masked_fill_(wins[..., None] | (chosen[:, None, :A] >= 0), 0)         # settled
+    matched = torch.where(chosen[:, :A] >= 0, chosen[:, :A], matched)                     # [B,A]
     if difficult is None: return matched
     hard = difficult.gather(1, matched.clamp(min=0)) & (matched >= 0)                     # [B,A]
     return matched.masked_fill(hard, -2)
@@ -54,12 +59,15 @@ def match(
 # %% ../nbs/07_grid.ipynb #b9696698
 def _check(anchors, boxes, labels, difficult, positive, negative):
     "Raise for arguments of `match` that do not fit together."
-    if anchors.ndim != 2 or anchors.shape[-1] != 4: raise ValueError(f"match: anchors has shape {list(anchors.shape)}, and [A,4] is needed.")
-    if boxes.ndim != 3 or boxes.shape[-1] != 4: raise ValueError(f"match: boxes has shape {list(boxes.shape)}, and a padded batch [B,N,4] is needed. One picture is boxes[None].")
+    if anchors.ndim != 2 or anchors.shape[-1] != 4:
+        raise ValueError(f"match: anchors has shape {list(anchors.shape)}, and [A,4] is needed.")
+    if boxes.ndim != 3 or boxes.shape[-1] != 4:
+        raise ValueError(f"match: boxes has shape {list(boxes.shape)}, and a padded batch [B,N,4] is needed. One picture is boxes[None].")
     for name, x in (("labels", labels), ("difficult", difficult)):
         if x is not None and x.shape != boxes.shape[:2]:
             raise ValueError(f"match: {name} has shape {list(x.shape)}, and boxes of shape {list(boxes.shape)} need {list(boxes.shape[:2])}.")
-    if not 0 < negative <= positive <= 1: raise ValueError(f"match: 0 < negative <= positive <= 1 is needed, not negative={negative}, positive={positive}.")
+    if not 0 < negative <= positive <= 1:
+        raise ValueError(f"match: 0 < negative <= positive <= 1 is needed, not negative={negative}, positive={positive}.")
 
 # %% ../nbs/07_grid.ipynb #ece94974
 def unmatched(

@@ -16,13 +16,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .data import open_image
+from .data import as_rgb, open_image
 
 # %% ../nbs/01b_plot.ipynb #8a918fa3
 def to_array(image) -> np.ndarray:
     "Any kind of picture as a [H,W,3] uint8 array."
     if isinstance(image, (str, Path)) or hasattr(image, "path"): image = open_image(image)
-    if isinstance(image, Image.Image): return np.asarray(image.convert("RGB"))
+    if isinstance(image, Image.Image): return np.asarray(as_rgb(image))
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         if image.ndim == 3 and image.shape[0] in (1, 3): image = image.permute(1, 2, 0)

@@ -4,13 +4,14 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from course_lib import data as D
-from course_lib.data import VOC_CLASSES, Data, Record, get_data, hold_out, open_image, read_coco, read_voc
+from course_lib.data import VOC_CLASSES, Data, Record, get_data, hold_out, open_image, read_coco, read_voc, as_rgb
 
 
 def obj(name="cat", box=(3, 2, 5, 3), difficult=0, extra=""):
@@ -427,3 +428,16 @@ def test_short_names_in_messages(tmp_path):
     with pytest.raises(ValueError) as error: read_voc(voc(tmp_path / "d", {"a": "<"}))
     assert str(tmp_path) not in str(error.value)
     assert D._short("/x/y/z.xml") == "y/z.xml"
+
+
+def test_grey_of_16_bits_is_scaled_and_not_clipped_to_white(tmp_path):
+    ramp = np.linspace(0, 65535, 256 * 4).round().reshape(4, 256)
+    for suffix, dtype in ((".png", np.uint16), (".tiff", np.uint16), (".tiff", np.int32)):
+        path = tmp_path / f"ramp{suffix}"
+        Image.fromarray(ramp.astype(dtype)).save(path)
+        grey = np.asarray(open_image(path))
+        assert grey.shape == (4, 256, 3) and abs(grey.astype(float).mean() - 127.5) < 1, (suffix, dtype)
+    dark = Image.fromarray((ramp / 257).astype(np.int32))
+    assert abs(np.asarray(as_rgb(dark)).astype(float).mean() - 127) < 1
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match="float.tiff.*uint8"): open_image(tmp_path / "float.tiff")

@@ -321,8 +321,8 @@ def test_every_part_stays_in_its_mode(model, training):
 
 @pytest.mark.parametrize("picture, error, message", [
     ("nowhere.jpg", FileNotFoundError, "there is no picture nowhere.jpg"), (np.zeros((8, 8, 4), np.uint8), ValueError, "is not one picture"),
-    (torch.zeros(2, 3, 8, 8), ValueError, "is not one picture"), (np.full((8, 8, 3), 200), ValueError, "picture of int64 reaches 200"),
-    (np.full((8, 8), 60000, np.uint16), ValueError, "uint16 reaches 60000"), (torch.full((3, 8, 8), 255.), ValueError, "float32 reaches 255"), (None, ValueError, "is not one picture")])
+    (torch.zeros(2, 3, 8, 8), ValueError, "is not one picture"), (np.full((8, 8, 3), 200), ValueError, "int64 goes from 200 to 200"),
+    (np.full((8, 8), 60000, np.uint16), ValueError, "uint16 goes from 60000"), (torch.full((3, 8, 8), 255.), ValueError, "float32 goes from 255"), (None, ValueError, "is not one picture")])
 def test_pictures_that_are_refused(model, picture, error, message):
     with pytest.raises(error, match=message): predict(model, picture)
 
@@ -346,3 +346,14 @@ def test_drawing(model):
     assert [t.get_text() for t in ax.texts] == ["dog 0.90"] and ax.get_title() == "here"
     empty = dict(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long))
     assert len(show_detections(grey(255), empty, ["cat"]).texts) == 0
+
+
+@pytest.mark.parametrize("picture, words", [(torch.full((3, 4, 4), -1.), "from -1"), (torch.full((3, 4, 4), torch.nan), "nan"), (np.full((4, 4, 3), 2.), "to 2"),
+                                            (np.full((4, 4, 3), 300, np.int32), "300"), (np.zeros((0, 30, 3), np.uint8), "nothing in it")])
+def test_pictures_that_would_be_taken_for_black_or_white_or_have_no_pixels(model, picture, words):
+    with pytest.raises(ValueError, match=words): predict(model, picture)
+
+
+@pytest.mark.parametrize("limits", [dict(top=-1), dict(candidates=-1)])
+def test_negative_limits_are_refused(limits):
+    with pytest.raises(ValueError, match="negative"): detections((torch.zeros(1, 2, 4), torch.zeros(1, 2, 3)), make_anchors(32, grids=(1,), zooms=(1., 2.), ratios=((1, 1),)), 32, **limits)

@@ -282,11 +282,33 @@ def test_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["os.system", "course_lib.start.check_machine", "course_lib.nowhere.SSD", "course_lib.ssd.Nothing", "subprocess.Popen"])
+@pytest.mark.parametrize("kind", ["os.system", "SSD", "course_lib.ssd.SSD.x.y", "course_lib.start.check_machine", "course_lib.nowhere.SSD", "course_lib.ssd.Nothing", "subprocess.Popen"])
 def test_checkpoint_names_only_networks_of_the_course(tmp_path, kind):
     state = checkpoint(ssd(), ["a", "b", "c"]) | dict(kind=kind)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="x.pth"): load_detector(tmp_path / "x.pth")
+
+
+def test_checkpoint_without_one_of_its_parts(tmp_path):
+    state = checkpoint(ssd(), ["a", "b", "c"])
+    for part in set(state) - {"format"}:
+        torch.save({k: v for k, v in state.items() if k != part}, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="x.pth"): load_detector(tmp_path / "x.pth")
+
+
+def test_load_takes_no_misspelt_options_and_works_on_a_wrapped_model(make, tmp_path):
+    learn = make()
+    learn.create_opt()
+    path = learn.save(tmp_path / "x.pth")
+    with pytest.raises(TypeError): learn.load(path, with_optim=False)
+    learn.model = nn.DataParallel(learn.model)
+    learn.load(path)
+
+
+def test_a_loader_without_pictures_gives_no_predictions(make, data):
+    learn = quiet(make())
+    found, there = learn.get_preds(dl=learn.dls.valid.new(dataset=learn.dls.valid.dataset.__class__([], learn.dls.valid.dataset.tfms), bs=1))
+    assert found == [] == there
 
 
 def test_a_network_of_ones_own_is_loaded_into_one(make, tmp_path):
