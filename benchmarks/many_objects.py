@@ -1,4 +1,4 @@
-"""Lessons 7 to 11 by numbers: the same data and budget, four detectors, one mAP each.
+"""Lessons 7 to 12 by numbers: the same data and budget, five detectors, one mAP each.
 
     python benchmarks/many_objects.py                          # pocket, 128 px
     python benchmarks/many_objects.py --data VOC2012-animals   # photographs, 224 px: `python benchmarks/make_animals.py` makes them
@@ -6,13 +6,14 @@
     python benchmarks/many_objects.py --data VOC2012-animals --tune                  # a fifth of the training split is the judge
 
 The models: `cells`, 16 cells with one anchor each; `bce`, 189 anchors; `hard`, the same with hard-negative mining; `focal`,
-the same with focal loss. All have the same backbone, transforms, schedule and seed, and are scored once, at the end, on the
+the same with focal loss; `pyramid`, lesson 12's RetinaNet with ATSS and GIoU. All have the same backbone, transforms, schedule and seed, and are scored once, at the end, on the
 validation split: AP at an IoU of .5, area under the curve, objects marked difficult left out. `torchvision` is its RetinaNet
 with a pyramid of 128 channels on the same backbone, AdamW, one cycle, mirror images only, as someone would train it who
 reaches for a library. Results go to benchmarks/results/many_objects.json, one entry a data set and model.
 """
 import argparse, json, os, platform, time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import course_lib.start  # before fastai
@@ -20,12 +21,13 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 from torch import nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models import detection
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 from course_lib.augment import train_tfms, valid_tfms
 from course_lib.data import data_root, get_data, hold_out
 from course_lib.detector import detection_learner, unpad
+from course_lib.fpn import RetinaNet, atss, iou_losses
 from course_lib.learn import backbone, dataloaders
 from course_lib.losses import SSDLoss
 from course_lib.metrics import mean_ap
@@ -34,7 +36,7 @@ from course_lib.ssd import SSD
 ANIMALS = ["cat", "cow", "dog", "horse", "person", "sheep"]
 RESULTS = Path(__file__).parent / "results" / "many_objects.json"
 ONE_ANCHOR = dict(grids=(4,), zooms=(1.,), ratios=((1, 1),))
-MODELS = {"cells": ("bce", ONE_ANCHOR), "bce": ("bce", {}), "hard": ("hard", {}), "focal": ("focal", {})}   # kind of loss, anchors
+SSDS = {"cells": ("bce", ONE_ANCHOR), "bce": ("bce", {}), "hard": ("hard", {}), "focal": ("focal", {})}   # kind of loss, anchors
 
 
 class SkipValidation(Callback):
@@ -46,9 +48,14 @@ class SkipValidation(Callback):
 
 def train_ours(name, data, args):
     "One of the course's models: predictions, truth, seconds of training."
-    kind, anchors = MODELS[name]
-    model = SSD(len(data.classes), args.size, **anchors)
-    learn = detection_learner(data, model, bs=args.bs, loss=SSDLoss(model.anchors, kind), train_tfms=train_tfms(args.size, crop=args.crop), device=args.device)
+    if name == "pyramid":
+        model = RetinaNet(len(data.classes), args.size)
+        loss = SSDLoss(model.anchors, assign=partial(atss, grids=model.grids), box_losses=partial(iou_losses, anchors=model.anchors), box_weight=1.)
+    else:
+        kind, anchors = SSDS[name]
+        model = SSD(len(data.classes), args.size, **anchors)
+        loss = SSDLoss(model.anchors, kind)
+    learn = detection_learner(data, model, bs=args.bs, loss=loss, train_tfms=train_tfms(args.size, crop=args.crop), device=args.device)
     start = time.time()
     with learn.no_bar(), learn.no_logging():
         learn.freeze()
@@ -73,7 +80,7 @@ def train_torchvision(data, args):
     "torchvision's RetinaNet: predictions, truth, seconds of training."
     size = args.size
     dls = dataloaders(data, size, 16, train_tfms(size, crop=1, color=0), valid_tfms(size), difficult=True, device=args.device)
-    model = RetinaNet(Pyramid(), len(data.classes), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+    model = detection.RetinaNet(Pyramid(), len(data.classes), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
                       score_thresh=.01, detections_per_img=100).to(dls.device)
     body, head = list(model.backbone.body.parameters()), [p for n, p in model.named_parameters() if not n.startswith("backbone.body.")]
     opt = torch.optim.AdamW([dict(params=body), dict(params=head)], lr=1e-3, weight_decay=.01)
@@ -101,7 +108,7 @@ def train_torchvision(data, args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="pocket", help="pocket, or a folder in VOC's layout, or the name of one where data lives")
-    p.add_argument("--models", nargs="+", choices=[*MODELS, "torchvision"], default=list(MODELS))
+    p.add_argument("--models", nargs="+", choices=[*SSDS, "pyramid", "torchvision"], default=[*SSDS, "pyramid"])
     p.add_argument("--tune", action="store_true", help="train on four fifths of train, score on the rest of it")
     p.add_argument("--size", type=int, default=None, help="default: 128 for pocket, else 224")
     p.add_argument("--bs", type=int, default=32)

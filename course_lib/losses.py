@@ -8,6 +8,7 @@ __all__ = ['focal_loss', 'SSDLoss']
 # %% ../nbs/09_focal.ipynb #a7c87f90
 import torch
 import torch.nn.functional as F
+from functools import partial
 from torch import nn
 from .anchors import encode
 from .match import match
@@ -43,6 +44,8 @@ class SSDLoss(nn.Module):
         negatives=3,    # of "hard"
         positive=.4,    # of `match`
         negative=.3,    # of `match`
+        assign=None,    # (anchors, boxes, labels, difficult) to [B,A], as `match` returns it; None: `match` with the two numbers above
+        box_losses=None, # (offsets [B,A,4], boxes [B,N,4], index [B,A] of each anchor's box) to [B,A]; None: `offset_losses`
         box_weight=None, # how much the boxes count against the classes; None: `alpha` for "focal", which turns the classes down, else 1
     ):
         """Loss of a detector with anchors: smooth L1 of the offsets of matched anchors, and a yes-or-no loss for each class of every anchor.
@@ -56,7 +59,8 @@ class SSDLoss(nn.Module):
         if kind not in ("bce", "hard", "focal"): raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
         self.kind, self.negatives = kind, negatives
         self.alpha, self.gamma = (alpha, gamma) if kind == "focal" else (None, 0)
-        self.positive, self.negative = positive, negative
+        self.assign = assign or partial(match, positive=positive, negative=negative)
+        self.box_losses = box_losses or self.offset_losses
         self.box_weight = (self.alpha or 1.) if box_weight is None else box_weight
         self.register_buffer("anchors", anchors)
         sides = anchors[:, 2:] - anchors[:, :2]
@@ -68,6 +72,9 @@ class SSDLoss(nn.Module):
         encoded from one box of side 1 before, so logarithms are needed for the N objects only."""
         objects = encode(boxes, self.unit)                                                          # [B,N,4]
         return (objects.gather(1, index[..., None].expand(-1, -1, 4)) - self.places) * self.scales
+    def offset_losses(self, offsets, boxes, index):
+        "Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of `boxes [B,N,4]` is its object"
+        return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets), reduction="none").sum(2)
     def class_losses(self, logits, own):
         "The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1 for none"
         yes, no = (1, 1) if self.alpha is None else (self.alpha, 1 - self.alpha)
@@ -84,10 +91,10 @@ class SSDLoss(nn.Module):
         "The two parts by themselves: boxes, classes"
         offsets, logits = (x if x.dtype == torch.double else x.float() for x in pred)
         if labels.shape[1] == 0: boxes, labels, difficult = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1), None
-        matched = match(self.anchors, boxes, labels, difficult, self.positive, self.negative)       # [B,A]
+        matched = self.assign(self.anchors, boxes, labels, difficult)                               # [B,A]
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)
-        box_losses = F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets), reduction="none").sum(2)
+        box_losses = self.box_losses(offsets, boxes, index)                                         # [B,A]
         class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, -1))
         counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched > -2       # [B,A]
         return (box_losses * positive).sum() / n, (class_losses * counts).sum() / n

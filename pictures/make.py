@@ -21,7 +21,12 @@ PICTURES = {
     "multilabel.png": ("06_multilabel", "Each class has its own map", 480),
     "grid.png": ("07_grid", "After: {total_after", 480),
     "anchors.png": ("08_anchors", "189 anchors: each grid", 480),
+    "ssd.png": ("08b_ssd", "often several for one object", 480),
     "focal.png": ("09_focal", "The hardest backgrounds (dashed)", 480),
+    "nms.png": ("10_nms", "before and after NMS", 480),
+    "map.png": ("11_map", "One curve, three ways", 480),
+    "detector.png": ("11b_detector", "learn.show_results(", 480),
+    "fpn.png": ("12_fpn", "Centres of positive anchors", 480),
     "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
 }
 
