@@ -106,7 +106,8 @@ def _read_xml(path):
 def _listing(folder, split):
     "The file that lists a split, in a folder that has VOC's layout."
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}. Check the path; COURSE_DATA names the folder where data lives.")
+        raise FileNotFoundError(f"there is no folder {folder}. Check the path; "
+                                "COURSE_DATA names the folder where data lives.")
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder} has no {part}: VOC's layout is JPEGImages, Annotations, ImageSets/Main.")
@@ -252,7 +253,8 @@ def _read_json(path):
         raise ValueError(f"{_short(path)}: not a proper JSON file ({e}). Correct it, or write it again.") from None
     lists = "images", "annotations", "categories"
     if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in lists):
-        raise ValueError(f"{_short(path)}: not a COCO file, which holds the lists {', '.join(lists)}. Check which file this is.")
+        raise ValueError(f"{_short(path)}: not a COCO file, which holds the lists {', '.join(lists)}. "
+                         "Check which file this is.")
     if not content["images"]:
         raise ValueError(f"{_short(path)}, images: the list is empty. A data set has at least one picture.")
     return (_by_id(content["images"], f"{_short(path)}, images", file_name=str),
@@ -320,10 +322,13 @@ def as_rgb(
     picture, # PIL image of any mode
 ): # PIL image of mode RGB
     "The same picture in RGB of 8 bits. Grey of 16 bits is scaled down, where PIL would clip it to white. ValueError for pictures of floats."
-    if picture.mode == "F": raise ValueError("a picture of floats has no white that everybody agrees on. Scale it to 0..255 and save it as uint8")
+    if picture.mode == "F":
+        raise ValueError("a picture of floats has no white that everybody agrees on. "
+                         "Scale it to 0..255 and save it as uint8")
     if picture.mode.startswith("I"):
         values = np.asarray(picture)                                                       # [H,W]
-        picture = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+        picture = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).round().clip(0, 255)
+                                  .astype(np.uint8))
     return picture.convert("RGB")
 
 # %% ../nbs/01_data.ipynb #d518c232
@@ -427,8 +432,8 @@ def get_data(
     elif path.is_dir(): splits, names = _folder_splits(path)
     elif path.is_file(): splits, names = _coco_splits(path)
     else:
-        raise FileNotFoundError(f"source: {str(source)!r} is neither one of pocket, {', '.join(_VOC)} nor a folder or a file "
-                                f"that exists (looked in {Path.cwd()}).{_hint(source, ['pocket', *_VOC])}")
+        raise FileNotFoundError(f"source: {str(source)!r} is neither one of pocket, {', '.join(_VOC)} nor a folder "
+                                f"or a file that exists (looked in {Path.cwd()}).{_hint(source, ['pocket', *_VOC])}")
     keep = list(names) if classes is None else _check_classes(classes, names)
     notes, dropped = _Notes(), None if classes is None else Counter()
     data = Data(*(_records(splits[s][:limit], keep, notes, dropped) for s in ("train", "valid", "test")), keep)

@@ -94,14 +94,19 @@ def detection_learner(
     ValueError if model and size, or model and number of classes, do not fit."""
     size = size or getattr(model, "size", 128)
     if model is None: model = SSD(len(data.classes), size)
-    if model.size != size: raise ValueError(f"detection_learner: the model is made for {model.size} px, and size is {size}. Leave size out, or make the model for {size}.")
+    if model.size != size:
+        raise ValueError(f"detection_learner: the model is made for {model.size} px, and size is {size}. "
+                         f"Leave size out, or make the model for {size}.")
     n_classes = getattr(model, "n_classes", len(data.classes))
-    if n_classes != len(data.classes): raise ValueError(f"detection_learner: the model has {n_classes} classes and the data has {len(data.classes)}.")
+    if n_classes != len(data.classes):
+        raise ValueError(f"detection_learner: the model has {n_classes} classes and the data has {len(data.classes)}.")
     device = pick_device(device)
-    dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size), difficult=True, workers=workers, device=device)
+    dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size), difficult=True,
+                      workers=workers, device=device)
     loss = SSDLoss(model.anchors, "focal") if loss is None else loss
     kwargs = dict(splitter=param_groups, train_bn=False, metrics=MeanAP() if metrics is None else metrics) | kwargs
-    return DetectionLearner(data, dls, model.to(device), loss.to(device) if isinstance(loss, nn.Module) else loss, **kwargs)
+    return DetectionLearner(data, dls, model.to(device),
+                            loss.to(device) if isinstance(loss, nn.Module) else loss, **kwargs)
 
 # %% ../nbs/11b_detector.ipynb #bf9807ff
 @patch
@@ -154,12 +159,14 @@ def show_results(self: DetectionLearner,
 ): # the matplotlib figure
     "Draw truth and detections of a few pictures side by side."
     records = list(self.data.valid if records is None else records)[:n]
-    if not records: raise ValueError("show_results: there is no picture to show. Pass n of at least 1 and a list with records.")
+    if not records:
+        raise ValueError("show_results: there is no picture to show. Pass n of at least 1 and a list with records.")
     rows = -(-len(records) // 2)
     fig, axes = plt.subplots(rows, 4, figsize=(4 * size, rows * (size + .25)), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     for record, detection, pair in zip(records, self.predict(records, score), axes.reshape(-1, 2)):
-        show_boxes(record, record.boxes, record.labels, self.classes, difficult=record.difficult, ax=pair[0], title="truth")
+        show_boxes(record, record.boxes, record.labels, self.classes, difficult=record.difficult, ax=pair[0],
+                   title="truth")
         show_detections(record, detection, self.classes, score, ax=pair[1], title="found")
     return fig
 
@@ -191,7 +198,8 @@ def _plain(x):
 def _body_settings(body):
     "What `backbone` needs to make this body again; None for a network that it did not make"
     if not isinstance(body, Backbone): return None
-    return dict(name=body.net.pretrained_cfg["architecture"], out_indices=tuple(body.net.feature_info.out_indices), fixed_stats=body.fixed_stats)
+    return dict(name=body.net.pretrained_cfg["architecture"], out_indices=tuple(body.net.feature_info.out_indices),
+                fixed_stats=body.fixed_stats)
 
 # %% ../nbs/11b_detector.ipynb #7a4064d3
 def checkpoint(
@@ -239,7 +247,8 @@ def save(self: DetectionLearner,
 ): # the path
     "Save the detector with its classes, size and anchors, whole or not at all; `load_detector` needs nothing but this file."
     path = _place(self, file)
-    if not rank_distrib(): write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None), path)
+    if not rank_distrib():
+        write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None), path)
     return path
 
 # %% ../nbs/11b_detector.ipynb #ba85de0e
@@ -248,25 +257,34 @@ def read_checkpoint(
 ): # dict, on the CPU
     "The content of a checkpoint, read with `weights_only=True`. FileNotFoundError or ValueError where it is none."
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. learn.save(...) returns the path that it wrote.")
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. "
+                                "learn.save(...) returns the path that it wrote.")
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError: raise
-    except Exception as e: raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no checkpoint ({type(e).__name__}).") from e
+    except Exception as e:
+        raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no checkpoint "
+                         f"({type(e).__name__}).") from e
     parts = {"kind", "size", "classes", "settings", "body", "anchors", "model"}
     if not isinstance(state, dict) or state.get("format") != FORMAT or not parts <= state.keys():
-        raise ValueError(f"checkpoint: {path.name!r} was not written by a DetectionLearner's save, or by one of another version.")
+        raise ValueError(f"checkpoint: {path.name!r} was not written by a DetectionLearner's save, "
+                         "or by one of another version.")
     return state
 
 # %% ../nbs/11b_detector.ipynb #c49964ab
 def _fill(model, state, name):
     "Load the weights of a checkpoint into a model that fits it, or raise before anything is changed"
     own, stored = model.state_dict(), state["model"]
-    if int(model.size) != state["size"]: raise ValueError(f"checkpoint: {name!r} is for pictures of {state['size']} px, and this model for {model.size}.")
+    if int(model.size) != state["size"]:
+        raise ValueError(f"checkpoint: {name!r} is for pictures of {state['size']} px, "
+                         f"and this model for {model.size}.")
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in stored.items()}:
-        raise ValueError(f"checkpoint: {name!r} holds a {state['kind'].split('.')[-1]} whose weights do not fit this {type(model).__name__}.")
+        raise ValueError(f"checkpoint: {name!r} holds a {state['kind'].split('.')[-1]} "
+                         f"whose weights do not fit this {type(model).__name__}.")
     anchors = model.anchors.detach().cpu()
     if anchors.shape != state["anchors"].shape or not torch.allclose(anchors, state["anchors"], atol=1e-3):
-        raise ValueError(f"checkpoint: {name!r} was trained with other anchors than this model has; its boxes would be wrong.")
+        raise ValueError(f"checkpoint: {name!r} was trained with other anchors than this model has; "
+                         "its boxes would be wrong.")
     model.load_state_dict(stored)
 
 # %% ../nbs/11b_detector.ipynb #f2b8a45c
@@ -282,7 +300,8 @@ def load(self: DetectionLearner,
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
     if state["classes"] != self.classes:
-        raise ValueError(f"checkpoint: {path.name!r} knows {', '.join(state['classes'])}; this learner's data has {', '.join(self.classes)}. The names and their order must agree.")
+        raise ValueError(f"checkpoint: {path.name!r} knows {', '.join(state['classes'])}; "
+                         f"this learner's data has {', '.join(self.classes)}. The names and their order must agree.")
     _fill(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: _fill_opt(self, state["opt"])
@@ -296,7 +315,8 @@ def _fill_opt(learn, stored):
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
     state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]
     try: learn.opt.load_state_dict(dict(state=state, hypers=L(stored["hypers"])))
-    except AssertionError: warnings.warn("load: the stored optimiser has other parameter groups; its state was left out.")
+    except AssertionError:
+        warnings.warn("load: the stored optimiser has other parameter groups; its state was left out.")
 
 # %% ../nbs/11b_detector.ipynb #6581fb0a
 def load_detector(
@@ -323,8 +343,10 @@ def _rebuild(state, name):
     "A model of the class and with the settings that a checkpoint names, with random weights"
     module, _, kind = state["kind"].rpartition(".")
     known = getattr(import_module(module), kind, None) if _of_the_course(module) else None
-    if not (isinstance(known, type) and issubclass(known, nn.Module)) or state["settings"] is None or state["body"] is None:
-        raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. Make one and pass it as model=.")
+    if (not (isinstance(known, type) and issubclass(known, nn.Module))
+            or state["settings"] is None or state["body"] is None):
+        raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. "
+                         "Make one and pass it as model=.")
     body = backbone(state["body"]["name"], pretrained=False, out_indices=state["body"]["out_indices"])
     body.fixed_stats = state["body"]["fixed_stats"]
     return known(**state["settings"], body=body)
@@ -333,4 +355,5 @@ def _rebuild(state, name):
 @patch
 def export(self: DetectionLearner, *args, **kwargs):
     "Not supported: use `save` and `load_detector`."
-    raise NotImplementedError("export: a pickled learner can run any code when it is loaded. Use learn.save(path) and load_detector(path).")
+    raise NotImplementedError("export: a pickled learner can run any code when it is loaded. "
+                              "Use learn.save(path) and load_detector(path).")

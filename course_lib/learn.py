@@ -99,7 +99,9 @@ def dataloaders(
     A plain PyTorch `Dataset` in fastai's `DataLoader`, so that a `Learner` can train on them. Raises ValueError for a
     split without pictures, RuntimeError for a device that this machine does not have."""
     for name in ("train", "valid"):
-        if not getattr(data, name): raise ValueError(f"dataloaders: data.{name} has no pictures. Use hold_out(data) to make a validation split.")
+        if not getattr(data, name):
+            raise ValueError(f"dataloaders: data.{name} has no pictures. "
+                             "Use hold_out(data) to make a validation split.")
     device = pick_device(device)
     if workers is None: workers = 0 if device.type == "cpu" else min(8, torch.get_num_threads())
     if device.type == "cpu": keep_memory()
@@ -109,9 +111,11 @@ def dataloaders(
         images = images.to(memory_format=torch.channels_last).float() / 255
         return (images, *targets) if difficult else (images, *targets[:2])
     def loader(records, tfms, train):
-        return DataLoader(DetectionDataset(records, tfms or squish), bs=min(bs, len(records)), shuffle=train, drop_last=train,
-                          num_workers=workers, device=device, create_batch=collate, after_batch=finish)
-    dls = DataLoaders(loader(data.train, train_tfms, True), loader(data.valid, valid_tfms, False), path=data_root(), device=device)
+        return DataLoader(DetectionDataset(records, tfms or squish), bs=min(bs, len(records)), shuffle=train,
+                          drop_last=train, num_workers=workers, device=device, create_batch=collate,
+                          after_batch=finish)
+    dls = DataLoaders(loader(data.train, train_tfms, True), loader(data.valid, valid_tfms, False),
+                      path=data_root(), device=device)
     dls.n_inp = 1
     return dls
 
@@ -124,7 +128,8 @@ def pick_device(
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, True):
         raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none on this machine. "
-                           "Run check_machine() from lesson 0 to see why, or leave the argument out to train on the CPU.")
+                           "Run check_machine() from lesson 0 to see why, or leave the argument out "
+                           "to train on the CPU.")
     return device
 
 # %% ../nbs/03_largest.ipynb #f31bfa90
@@ -176,12 +181,14 @@ def backbone(
     that `timm` does not know, RuntimeError where weights can't be fetched."""
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3] or timm.list_models("*resnet*d")[:3]
-        raise ValueError(f"backbone: timm has no network {name!r}. Did you mean {', '.join(close)}? timm.list_models() lists them all.")
+        raise ValueError(f"backbone: timm has no network {name!r}. Did you mean {', '.join(close)}? "
+                         "timm.list_models() lists them all.")
     local = name == "tf_efficientnet_lite0"
     try: net = timm.create_model(name, pretrained=pretrained and not local, features_only=True, out_indices=out_indices)
     except OSError as e:
-        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched ({type(e).__name__}). Connect to the internet, use "
-                           "the default 'tf_efficientnet_lite0', whose weights are installed, or pretrained=False.") from e
+        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched ({type(e).__name__}). "
+                           "Connect to the internet, use the default 'tf_efficientnet_lite0', "
+                           "whose weights are installed, or pretrained=False.") from e
     if local and pretrained: net.load_state_dict({k: v for k, v in lite0_weights().items() if k in net.state_dict()})
     config = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if local else resolve_model_data_config(net)
     return Backbone(net, config["mean"], config["std"], fixed_stats=pretrained).to(memory_format=torch.channels_last)

@@ -56,7 +56,8 @@ class SSDLoss(nn.Module):
         Liu et al., SSD (2016), section 2.2, equation 1, with a sigmoid for each class in place of a softmax.
         """
         super().__init__()
-        if kind not in ("bce", "hard", "focal"): raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
+        if kind not in ("bce", "hard", "focal"):
+            raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
         self.kind, self.negatives = kind, negatives
         self.alpha, self.gamma = (alpha, gamma) if kind == "focal" else (None, 0)
         self.assign = assign or partial(match, positive=positive, negative=negative)
@@ -65,8 +66,8 @@ class SSDLoss(nn.Module):
         self.register_buffer("anchors", anchors)
         sides = anchors[:, 2:] - anchors[:, :2]
         self.register_buffer("unit", anchors.new_tensor([-.5, -.5, .5, .5]), persistent=False)
-        self.register_buffer("places", encode(anchors, self.unit), persistent=False)                               # [A,4]
-        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1), persistent=False)        # [A,4]
+        self.register_buffer("places", encode(anchors, self.unit), persistent=False)                             # [A,4]
+        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1), persistent=False)      # [A,4]
     def encoded(self, boxes, index):
         """Each anchor's object as offsets from it, [B,A,4]: `encode(box, anchor)` is a difference, (object - anchor) x scale, if both are
         encoded from one box of side 1 before, so logarithms are needed for the N objects only."""
@@ -84,13 +85,14 @@ class SSDLoss(nn.Module):
     def hardest(self, losses, matched):
         "True for the matched anchors and, in each picture, `negatives` times as many backgrounds: those with the largest losses, [B,A]"
         positive, background = matched >= 0, matched == -1
-        order = losses.detach().masked_fill(~background, -1).argsort(dim=1, descending=True, stable=True)          # [B,A]
+        order = losses.detach().masked_fill(~background, -1).argsort(dim=1, descending=True, stable=True)        # [B,A]
         first = torch.arange(losses.shape[1], device=losses.device) < self.negatives * positive.sum(1, keepdim=True)
         return positive | (torch.zeros_like(positive).scatter(1, order, first) & background)
     def parts(self, pred, boxes, labels, difficult=None):
         "The two parts by themselves: boxes, classes"
         offsets, logits = (x if x.dtype == torch.double else x.float() for x in pred)
-        if labels.shape[1] == 0: boxes, labels, difficult = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1), None
+        if labels.shape[1] == 0:
+            boxes, labels, difficult = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1), None
         matched = self.assign(self.anchors, boxes, labels, difficult)                               # [B,A]
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)

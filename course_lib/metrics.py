@@ -17,7 +17,8 @@ def _column(items, what, key, default=None):
     values = []
     for i, item in enumerate(items):
         if key in item: x = torch.as_tensor(item[key]).detach().cpu()
-        elif default is None: raise ValueError(f"{what}[{i}] has no {key!r}, only {', '.join(map(repr, item)) or 'nothing'}.")
+        elif default is None:
+            raise ValueError(f"{what}[{i}] has no {key!r}, only {', '.join(map(repr, item)) or 'nothing'}.")
         else: x = torch.full((len(item["boxes"]),), default)
         values.append(x.reshape(0, 4) if key == "boxes" and x.numel() == 0 else x)
     return values
@@ -32,7 +33,8 @@ def _flat(items, what, keys, n_classes):
             if x.ndim == (2 if key == "boxes" else 1) and len(x) == n and (key != "boxes" or x.shape[1] == 4): continue
             needed = "[n,4]" if key == "boxes" else f"[{n}], one for each of its {n} boxes"
             raise ValueError(f"{what}[{i}][{key!r}] has shape {list(x.shape)}, and {needed} is needed.")
-    flat = {key: torch.cat(column) if column else torch.zeros(0, 4) if key == "boxes" else torch.zeros(0) for key, column in columns.items()}
+    flat = {key: torch.cat(column) if column else torch.zeros(0, 4) if key == "boxes" else torch.zeros(0)
+            for key, column in columns.items()}
     flat["boxes"], flat["labels"] = flat["boxes"].double(), flat["labels"].long()
     flat["picture"] = torch.repeat_interleave(torch.arange(len(items)), torch.tensor(sizes, dtype=torch.long))
     checks = {"labels": (flat["labels"] < 0) | (flat["labels"] >= n_classes), "boxes": ~flat["boxes"].isfinite().all(1)}
@@ -48,7 +50,8 @@ def _flat(items, what, keys, n_classes):
 def _read(preds, targets, n_classes, coco=False):
     "Detections by class and then by score, best first; objects as they come."
     if len(preds) != len(targets):
-        raise ValueError(f"{len(preds)} predictions for {len(targets)} targets. Both need one dict a picture, an empty one for a picture without any.")
+        raise ValueError(f"{len(preds)} predictions for {len(targets)} targets. "
+                         "Both need one dict a picture, an empty one for a picture without any.")
     if n_classes < 1: raise ValueError(f"n_classes is {n_classes}.")
     found = _flat(preds, "preds", dict(boxes=None, scores=None, labels=None), n_classes)
     extra = dict(iscrowd=False, area=float("nan")) if coco else dict(difficult=False)
@@ -87,7 +90,8 @@ def _pairs(a, b, group_a, group_b, least, later=False, crowd=None, at_once=1_000
         overlap = _overlaps(a, b, i, j, crowd)
         near = overlap >= least
         parts.append((i[near], j[near], overlap[near]))
-    i, j, overlap = (torch.cat(x) for x in zip(*parts)) if parts else (order[:0], order[:0], torch.zeros(0, dtype=torch.double))
+    i, j, overlap = ((torch.cat(x) for x in zip(*parts)) if parts
+                     else (order[:0], order[:0], torch.zeros(0, dtype=torch.double)))
     if later: i, j, overlap = i.flip(0), j.flip(0), overlap.flip(0)
     best = overlap.argsort(descending=True, stable=True)
     best = best[i[best].argsort(stable=True)]
@@ -228,7 +232,8 @@ def _coco_stats(found, rank, rows, right, ignored, counts, n):
     ap = ap.masked_fill(n[:, None] == 0, float("nan"))                                      # [C,T,A]
     first = torch.stack([right & (rank[rows] < most)[:, None, None] for most in (1, 10, 100)], -1).double()
     recall = first.new_zeros(C, T, A, 3).index_add_(0, found["labels"][rows], first) / n[:, None, :, None]
-    parts = [ap[..., 0], ap[:, 0, 0], ap[:, 5, 0], *ap[..., 1:].unbind(2), *recall[:, :, 0].unbind(2), *recall[:, :, 1:, 2].unbind(2)]
+    parts = [ap[..., 0], ap[:, 0, 0], ap[:, 5, 0], *ap[..., 1:].unbind(2),
+             *recall[:, :, 0].unbind(2), *recall[:, :, 1:, 2].unbind(2)]
     return ap[..., 0].mean(1), torch.tensor([_mean(x) for x in parts], dtype=torch.double).nan_to_num(-1)
 
 # %% ../nbs/11_map.ipynb #42dcc624
@@ -267,7 +272,8 @@ def mean_ap(
     in a picture. Tensors on any device, or arrays. ValueError for lists or tensors of unequal lengths, labels outside
     0..C-1, boxes or scores that are not finite, an unknown style.
     """
-    if style not in ("area", "11pt", "coco"): raise ValueError(f"mean_ap: unknown style {style!r}. Use 'area', '11pt' or 'coco'.")
+    if style not in ("area", "11pt", "coco"):
+        raise ValueError(f"mean_ap: unknown style {style!r}. Use 'area', '11pt' or 'coco'.")
     if not 0 < iou <= 1: raise ValueError(f"mean_ap: 0 < iou <= 1 is needed, not {iou}.")
     return _coco(preds, targets, n_classes) if style == "coco" else _voc(preds, targets, n_classes, iou, style)
 
@@ -317,7 +323,8 @@ def error_kinds(
     n_classes,  # C
     iou=.5,     # an overlap of at least this finds an object
     low=.1,     # an overlap below this is none
-): # a dict for each picture: kind [n] (a place in `KINDS`) and object [n] (which one of the picture's; -1: none) of each detection, missed [m] of each object
+): # a dict for each picture: kind [n] (a place in `KINDS`) and object [n] (which one of the picture's; -1: none)
+   # of each detection, missed [m] of each object
     """Why each detection is wrong, and which objects nobody found.
 
     The first that fits: right or ignored, by VOC's rule; localisation (the class is right, the overlap `low` to `iou`), class (a wrong
@@ -329,7 +336,8 @@ def error_kinds(
     rows, taken, right, ignored = _match_voc(found, objects, n_classes, iou)
     (other, mine), which = _nearest(found, objects, low)
     kind, about = torch.full_like(which[0], KINDS.index("background")), torch.full_like(which[0], -1)
-    for name, fits, s in (("both", other >= low, 0), ("duplicate", mine >= iou, 1), ("class", other >= iou, 0), ("localisation", (mine >= low) & (mine < iou), 1)):
+    for name, fits, s in (("both", other >= low, 0), ("duplicate", mine >= iou, 1), ("class", other >= iou, 0),
+                          ("localisation", (mine >= low) & (mine < iou), 1)):
         kind[fits], about[fits] = KINDS.index(name), which[s][fits]
     done = right | ignored
     kind[rows[done]], about[rows[done]] = ignored[done].long(), taken[done]

