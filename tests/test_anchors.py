@@ -80,9 +80,10 @@ def test_values_by_hand():
 def test_variances_are_the_usual_ones(): assert VARIANCES == (.1, .2)
 
 
-@given(st.floats(0, 120), st.floats(0, 120), st.floats(.1, 200), st.floats(.1, 200), st.integers(0, 188))
+@given(st.floats(0, 120), st.floats(0, 120), st.floats(.2, 200), st.floats(.2, 200), st.integers(0, 188))
 @settings(max_examples=200, deadline=None)
 def test_round_trip(x, y, w, h, i):
+    "Sides from a thousandth of the largest anchor's on, which is where `encode` stops to tell them apart."
     box, anchor = torch.tensor([x, y, x + w, y + h]), make_anchors()[i]
     torch.testing.assert_close(decode(encode(box, anchor), anchor), box, atol=2e-3, rtol=1e-5)
 
