@@ -13,7 +13,6 @@ reaches for a library. Results go to benchmarks/results/many_objects.json, one e
 """
 import argparse, json, os, platform, time
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 
 import course_lib.start  # before fastai
@@ -27,7 +26,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from course_lib.augment import train_tfms, valid_tfms
 from course_lib.data import data_root, get_data, hold_out
 from course_lib.detector import detection_learner, unpad
-from course_lib.fpn import RetinaNet, atss, iou_losses
+from course_lib.fpn import RetinaNet, retina_loss
 from course_lib.learn import backbone, dataloaders
 from course_lib.losses import SSDLoss
 from course_lib.metrics import mean_ap
@@ -50,7 +49,7 @@ def train_ours(name, data, args):
     "One of the course's models: predictions, truth, seconds of training."
     if name == "pyramid":
         model = RetinaNet(len(data.classes), args.size)
-        loss = SSDLoss(model.anchors, assign=partial(atss, grids=model.grids), box_losses=partial(iou_losses, anchors=model.anchors), box_weight=1.)
+        loss = retina_loss(model)
     else:
         kind, anchors = SSDS[name]
         model = SSD(len(data.classes), args.size, **anchors)
@@ -76,12 +75,17 @@ class Pyramid(nn.Module):
     def forward(self, x): return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
 
+def torchvision_retinanet(n_classes, size):
+    "torchvision's RetinaNet with the course's backbone."
+    return detection.RetinaNet(Pyramid(), n_classes, min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
+                               score_thresh=.01, detections_per_img=100)
+
+
 def train_torchvision(data, args):
     "torchvision's RetinaNet: predictions, truth, seconds of training."
     size = args.size
     dls = dataloaders(data, size, 16, train_tfms(size, crop=1, color=0), valid_tfms(size), difficult=True, device=args.device)
-    model = detection.RetinaNet(Pyramid(), len(data.classes), min_size=size, max_size=size, image_mean=[0, 0, 0], image_std=[1, 1, 1],
-                      score_thresh=.01, detections_per_img=100).to(dls.device)
+    model = torchvision_retinanet(len(data.classes), size).to(dls.device)
     body, head = list(model.backbone.body.parameters()), [p for n, p in model.named_parameters() if not n.startswith("backbone.body.")]
     opt = torch.optim.AdamW([dict(params=body), dict(params=head)], lr=1e-3, weight_decay=.01)
     steps = args.torchvision_epochs * len(dls.train)
