@@ -30,7 +30,7 @@ from fastai.callback.core import Callback, CancelValidException
 ANIMALS = ["cat", "cow", "dog", "horse", "person", "sheep"]
 RESULTS = Path(__file__).parent / "results" / "ladder"
 START = dict(net="cells", loss="bce", assign="iou", boxes="l1", flip=0., color=0., crop=1., overlap=False, out=0., four=0., ema=0., schedule="cycle",
-             epochs=5, size=160, start=None, whole=False, lr=3e-3, bs=32)
+             epochs=5, size=160, start=None, whole=False, lr=5e-3, bs=32)
 RUNGS = dict(   # name: what it is called, which rung it stands on, what it changes
     cells=("16 cells", None, {}),
     anchors=("189 anchors", "cells", dict(net="ssd")),
@@ -40,9 +40,9 @@ RUNGS = dict(   # name: what it is called, which rung it stands on, what it chan
     colour=("colour", "flip", dict(color=.2)),
     crop=("random crop", "flip", dict(crop=.5)),
     overlap=("SSD's crop", "flip", dict(overlap=True)),
-    out=("zoom out", "crop", dict(out=.3)),
-    mosaic=("mosaic", "crop", dict(four=.5)),
-    pyramid=("feature pyramid", "crop", dict(net="pyramid")),
+    out=("zoom out", "flip", dict(out=.3)),
+    mosaic=("mosaic", "flip", dict(four=.5)),
+    pyramid=("feature pyramid", "flip", dict(net="pyramid")),
     atss=("ATSS", "pyramid", dict(assign="atss")),
     giou=("GIoU", "atss", dict(boxes="giou")),
     ciou=("CIoU", "atss", dict(boxes="ciou")),
@@ -53,7 +53,8 @@ RUNGS = dict(   # name: what it is called, which rung it stands on, what it chan
     grow=("small pictures first", "ema", dict(start=96)),
     double=("twice the epochs", "ema", dict(epochs=10)),
     large=("224 px", "ema", dict(size=224)),
-    best=("224 px, twice the epochs", "double", dict(size=224)),
+    long_crop=("random crop, twice the epochs", "double", dict(crop=.5)),
+    best=("224 px, crop, twice the epochs", "long_crop", dict(size=224)),
 )
 MIRRORED = ("ema", "double", "best")   # scored a second time, with test-time mirror images
 

@@ -6,9 +6,9 @@
 __all__ = ['in_memory', 'cut', 'follow', 'random_windows', 'overlap_windows', 'colour', 'mosaic', 'augment', 'MemoryLoader',
            'memory_loaders']
 
-# %% ../nbs/12b_fast.ipynb #c810ed52
+# %% ../nbs/12b_fast.ipynb #f19282c3
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import math
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
@@ -19,7 +19,7 @@ from .boxes import area, pairwise_iou
 from .learn import DetectionDataset, collate, keep_memory, one_thread, pick_device
 from .start import cpu_count, data_root
 
-# %% ../nbs/12b_fast.ipynb #52a94ab9
+# %% ../nbs/12b_fast.ipynb #1efd5b7a
 def in_memory(
     records, # list of `Record`s
     side,    # of the square that every picture is squished to, in pixels
@@ -29,7 +29,7 @@ def in_memory(
     with one_thread(), ThreadPoolExecutor(cpu_count()) as pool: items = list(pool.map(dataset.load, records))
     return collate(items)
 
-# %% ../nbs/12b_fast.ipynb #781b446b
+# %% ../nbs/12b_fast.ipynb #b9732671
 def cut(
     images: Tensor,  # [B,3,S,S], 0 to 255
     windows: Tensor, # [B,4], x0, y0, x1, y1 in pixels of the images; may reach beyond them
@@ -44,7 +44,7 @@ def cut(
     grid = F.affine_grid(affine, [len(images), 3, size, size], align_corners=False)        # [B,size,size,2]
     return F.grid_sample(images - 127, grid, align_corners=False) + 127
 
-# %% ../nbs/12b_fast.ipynb #de165f49
+# %% ../nbs/12b_fast.ipynb #c8d76b4f
 def follow(
     boxes: Tensor,   # [B,N,4], in pixels of the pictures
     labels: Tensor,  # [B,N], -1: padding
@@ -63,7 +63,7 @@ def follow(
     stays = (labels >= 0) & (area(inside) > 0) & (area(inside) >= least * area(moved))     # [B,N]
     return inside * stays[..., None], labels.masked_fill(~stays, -1)
 
-# %% ../nbs/12b_fast.ipynb #9e696e84
+# %% ../nbs/12b_fast.ipynb #76000de1
 def random_windows(
     B, side,           # pictures, and their sides in pixels
     share=(.5, 1.),    # of the picture's area: from, to
@@ -74,7 +74,7 @@ def random_windows(
 ) -> Tensor:           # [B,4]
     "A random window for each picture of a batch."
     def uniform(low, high): return low + (high - low) * torch.rand(B, generator=generator, device=device)
-    shape = torch.exp(uniform(-1, 1) * torch.tensor(ratio).log().item() / 2)               # [B]
+    shape = torch.exp(uniform(-1, 1) * math.log(ratio) / 2)               # [B]
     a = uniform(*share).sqrt()
     width, height = (a * shape).clamp(max=1) * side, (a / shape).clamp(max=1) * side
     zoomed = uniform(0, 1) < out
@@ -83,30 +83,31 @@ def random_windows(
     x0, y0 = uniform(0, 1) * (side - width), uniform(0, 1) * (side - height)
     return torch.stack([x0, y0, x0 + width, y0 + height], 1)
 
-# %% ../nbs/12b_fast.ipynb #89fd8204
+# %% ../nbs/12b_fast.ipynb #e79b97eb
 def overlap_windows(
-    boxes: Tensor, labels: Tensor, # [B,N,4], [B,N]
-    side,
-    tries=16,
+    boxes: Tensor,  # [B,N,4]
+    labels: Tensor, # [B,N], -1: padding
+    side,           # of the pictures, in pixels
+    tries=16,       # windows drawn for each picture, of which the first that fits is taken
     generator=None,
-) -> Tensor: # [B,4]
-    "SSD's random crop, for a batch."
-    (B, N), device = labels.shape, boxes.device
+) -> Tensor:        # [B,4]
+    "SSD's crop: a window that overlaps some object by at least .1, .3, .5, .7 or .9, or any, or the whole picture. Liu et al., SSD (2016), section 2.2."
+    B, device = len(labels), boxes.device
     def uniform(low, high, *shape): return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
     w, h = uniform(.3, 1, B, tries), uniform(.3, 1, B, tries)
     h = torch.minimum(torch.maximum(h, w / 2), w * 2).clamp(max=1)
     x0, y0 = uniform(0, 1, B, tries) * (1 - w), uniform(0, 1, B, tries) * (1 - h)
     windows = torch.stack([x0, y0, x0 + w, y0 + h], 2) * side                              # [B,T,4]
-    windows[:, -1] = windows.new_tensor([0, 0, side, side])
-    wanted = torch.randint(0, 7, (B, 1), generator=generator, device=device)               # 0: the whole, 1..5: .1 .3 .5 .7 .9, 6: any
-    bar = torch.tensor([2., .1, .3, .5, .7, .9, 0.], device=device)[wanted]                # [B,1]
+    windows[:, -1, :2], windows[:, -1, 2:] = 0, side                                       # the last one is the whole picture
+    k = torch.randint(0, 7, (B, 1), generator=generator, device=device)                    # 0: the whole, 1 to 5: at least .1 to .9, 6: any
+    bar = ((2 * k - 1) / 10).masked_fill(k == 0, 2).masked_fill(k == 6, 0)                 # [B,1]
     best = pairwise_iou(windows, boxes * (labels >= 0)[..., None]).amax(2)                 # [B,T]
-    fits = (best >= bar) & (bar < 2)
+    fits = best >= bar
     fits[:, -1] = True
-    first = fits.to(torch.uint8).argmax(1)
-    return windows[torch.arange(B, device=device), first]
+    first = fits.to(torch.uint8).argmax(1)                                                 # [B]
+    return windows.gather(1, first.view(B, 1, 1).expand(B, 1, 4))[:, 0]
 
-# %% ../nbs/12b_fast.ipynb #2237c57d
+# %% ../nbs/12b_fast.ipynb #c519312a
 def colour(
     images: Tensor, # [B,3,h,w], 0 to 255
     most=.2,        # largest change of brightness, contrast and saturation
@@ -114,13 +115,13 @@ def colour(
 ) -> Tensor:        # [B,3,h,w]
     "Another brightness, contrast and saturation for each picture."
     change = 1 + most * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device) - 1)
-    weights = images.new_tensor([.299, .587, .114]).view(1, 3, 1, 1)
-    grey = (images * weights).sum(1, keepdim=True)                                         # [B,1,h,w]
+    red, green, blue = images.split(1, 1)
+    grey = .299 * red + .587 * green + .114 * blue                                         # [B,1,h,w]
     images = torch.lerp(grey, images, change[0])
     images = torch.lerp(grey.mean((2, 3), keepdim=True), images, change[1])
     return (images * change[2]).clamp(0, 255)
 
-# %% ../nbs/12b_fast.ipynb #1f36120a
+# %% ../nbs/12b_fast.ipynb #1e2f5633
 def mosaic(
     images: Tensor,    # [B,3,S,S], 0 to 255
     boxes: Tensor,     # [B,N,4]
@@ -133,18 +134,18 @@ def mosaic(
     B, S, device = len(images), images.shape[-1], images.device
     chosen = torch.rand(B, generator=generator, device=device) < share                     # [B]
     x, y = S * (.3 + .4 * torch.rand(2, B, generator=generator, device=device))            # [B] [B]
-    still, parts, canvas = torch.zeros_like(chosen), [], 127
+    still, zero, parts, canvas = torch.zeros_like(chosen), torch.zeros_like(x), [], 127
     for i, (right, below) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
         left, top = x * right, y * below                                                   # of the corner that picture i goes into
         width, height = S - x if right else x, S - y if below else y
         window = torch.stack([-left / width, -top / height, (S - left) / width, (S - top) / height], 1) * S
-        whole = torch.tensor([0, 0, S, S] if i == 0 else [2 * S, 2 * S, 3 * S, 3 * S], device=device)       # all of it, or nothing
-        window = torch.where(chosen[:, None], window, whole)                               # [B,4]
+        instead = torch.stack([zero, zero, zero + S, zero + S], 1) + (3 * S if i else 0)    # all of the first picture, nothing of the others
+        window = torch.where(chosen[:, None], window, instead)                             # [B,4]
         canvas = canvas + cut(images.roll(-i, 0), window, S, still) - 127
         parts.append((*follow(boxes.roll(-i, 0), labels.roll(-i, 0), window, S, still), difficult.roll(-i, 0)))
     return canvas, *(torch.cat(p, 1) for p in zip(*parts))
 
-# %% ../nbs/12b_fast.ipynb #3723237b
+# %% ../nbs/12b_fast.ipynb #e48997fb
 def augment(
     images: Tensor,    # [B,3,S,S], 0 to 255
     boxes: Tensor,     # [B,N,4], in pixels of the images
@@ -172,7 +173,7 @@ def augment(
     if color: images = colour(images, color, generator)
     return images, *follow(boxes, labels, windows, size, mirror, least), difficult
 
-# %% ../nbs/12b_fast.ipynb #1aa6abb1
+# %% ../nbs/12b_fast.ipynb #21950c48
 class MemoryLoader:
     def __init__(self,
         split,         # what `in_memory` returns, on any device
@@ -201,7 +202,7 @@ class MemoryLoader:
         return MemoryLoader(self.split, self.size, self.bs, self.tfms, shuffle, self.seed, self.device)
     @property
     def dataset(self): return self.counts
-    def __len__(self): return max(1, -(-len(self.counts) // (self.bs * num_distrib())))
+    def __len__(self): return -(-len(self.counts) // (self.bs * max(1, num_distrib())))
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         ids = torch.randperm(len(self.counts), generator=order) if self.shuffle else torch.arange(len(self.counts))
@@ -216,7 +217,7 @@ class MemoryLoader:
         if self.tfms: images, *objects = self.tfms(images, *objects, size=self.size, generator=generator)
         return (images / 255).to(memory_format=torch.channels_last), *objects
 
-# %% ../nbs/12b_fast.ipynb #9910257a
+# %% ../nbs/12b_fast.ipynb #d9263ce1
 def memory_loaders(
     data,        # a `Data`
     size=128,    # side of the square that the network sees, in pixels

@@ -83,8 +83,8 @@ class RetinaNet(nn.Module):
         return self
     def forward(self, x):
         levels = self.fpn(self.body(x))
-        offsets = [self.offsets(self.box_tower(m)).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for m in levels]
-        logits = [self.logits(self.class_tower(m)).permute(0, 2, 3, 1).reshape(len(x), -1, self.n_classes) for m in levels]
+        offsets = [self.offsets(self.box_tower(m)).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for m in levels]
+        logits = [self.logits(self.class_tower(m)).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.n_classes) for m in levels]
         return torch.cat(offsets, 1), torch.cat(logits, 1)                                 # [B,A,4] [B,A,C]
 
 # %% ../nbs/12_fpn.ipynb #55a0df9c

@@ -60,8 +60,8 @@ class SSDHead(nn.Module):
         offsets, logits = [], []
         for down, to_offsets, to_logits in zip(self.downs, self.offsets, self.logits):
             x = self.drop(down(x))                                                     # [B,width,g,g]
-            offsets.append(to_offsets(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))   # [B,g*g*k,4]
-            logits.append(to_logits(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.n_classes))
+            offsets.append(to_offsets(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))   # [B,g*g*k,4]
+            logits.append(to_logits(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.n_classes))
         return torch.cat(offsets, 1), torch.cat(logits, 1)
 
 # %% ../nbs/08b_ssd.ipynb #093ae5f8
