@@ -9,6 +9,7 @@ __all__ = ['Deployable', 'to_onnx']
 import logging
 import warnings
 from pathlib import Path
+import onnx
 import torch
 import torchvision
 from torch import nn
@@ -51,8 +52,12 @@ def to_onnx(
     iou=.5,
     candidates=400,
 ): # the path
-    "Write a detector to one ONNX file with decoding and NMS inside: `images [B,3,size,size]` (0 to 1) to picture, boxes, scores and labels, for any B."
-    import onnx
+    """Write a detector to one ONNX file with decoding and NMS inside: `images [B,3,size,size]` (0 to 1) to picture, boxes, scores and labels, for any B.
+
+    Names and size go into the file's metadata. FileNotFoundError for a folder that is not there, ValueError where names and classes differ in number."""
+    path = Path(path)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"to_onnx: there is no folder {path.parent}. Make it first.")
+    if len(classes) != model.n_classes: raise ValueError(f"to_onnx: {len(classes)} names are given, and the model has {model.n_classes} classes.")
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -64,4 +69,4 @@ def to_onnx(
     onnx.helper.set_model_props(proto, dict(classes="\n".join(classes), size=str(model.size)))
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
-    return Path(path)
+    return path
