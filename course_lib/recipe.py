@@ -38,7 +38,7 @@ from tqdm import tqdm
 def one_cycle(
     learn,     # a `DetectionLearner`
     epochs,
-    lr=3e-3,   # largest rate of the head; the late body gets a tenth of it, the early body a hundredth
+    lr=5e-3,   # largest rate of the head; the late body gets a tenth of it, the early body a hundredth
     warm=.15,  # share of the steps in which the rate rises
     flat=False, # keep the rate after it has risen, instead of bringing it down to nothing
     start_epoch=0,
@@ -261,7 +261,7 @@ def train(
     size: int=128,          # side of the square that the network sees, in pixels
     epochs: int=12,         # how often every picture is seen
     bs: int=32,             # pictures in a batch, at most, in each process
-    lr: float=3e-3,         # largest learning rate, that of the head
+    lr: float=5e-3,         # largest learning rate, that of the head
     start_size: int=None,   # begin with pictures of this size and let them grow; None: `size` from the start
     classes: str=None,      # names with commas between; None: all
     limit: int=None,        # at most so many pictures of each split, for a quick try

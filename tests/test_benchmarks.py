@@ -1,4 +1,5 @@
 """The scripts that readers repeat our numbers with."""
+import json
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -9,6 +10,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(HERE))
+import ladder  # noqa: E402
 from make_animals import make_animals  # noqa: E402
 from course_lib.data import read_voc  # noqa: E402
 
@@ -51,3 +53,23 @@ def test_nothing_half_done_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["VOC2012"]
     (tmp_path / "animals").mkdir()
     with pytest.raises(FileExistsError, match="Delete it"): make_animals(voc, tmp_path / "animals", ids=dict(train=["p0"]))
+
+
+def test_every_rung_changes_something_and_stands_on_another():
+    for rung, (name, on, changes) in ladder.RUNGS.items():
+        if on is None: continue
+        below, here = ladder.settings(on), ladder.settings(rung)
+        assert list(ladder.RUNGS).index(on) < list(ladder.RUNGS).index(rung)
+        assert {k for k in here if here[k] != below[k]} == set(changes) and changes, rung
+    assert set(ladder.MIRRORED) <= set(ladder.RUNGS)
+
+
+def test_stored_results_are_those_of_the_rungs():
+    "Each result was measured with the settings that the rung has now."
+    files = sorted(ladder.RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text())
+        assert file.stem == f"{result['rung']}-{result['seed']}" and result["settings"] == ladder.settings(result["rung"])
+        assert result["on"] == ladder.RUNGS[result["rung"]][1] and result["name"] == ladder.RUNGS[result["rung"]][0]
+        assert (result["train_pictures"], result["valid_pictures"]) == (1697, 1329)
