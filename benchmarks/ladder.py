@@ -52,7 +52,6 @@ RUNGS = dict(   # name: what it is called, which rung it stands on, what it chan
     whole=("whole body trained", "ema", dict(whole=True)),
     grow=("small pictures first", "ema", dict(start=96)),
     double=("twice the epochs", "ema", dict(epochs=10)),
-    large=("224 px", "ema", dict(size=224)),
     long_crop=("random crop, twice the epochs", "double", dict(crop=.5)),
     best=("224 px, crop, twice the epochs", "long_crop", dict(size=224)),
 )
