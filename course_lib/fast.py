@@ -191,6 +191,7 @@ class MemoryLoader:
         """
         n, kept = len(split[0]), split[0].shape[-1]
         if n < num_distrib(): raise ValueError(f"MemoryLoader: {n} pictures can't be shared by {num_distrib()} processes. Start fewer, or use more pictures.")
+        if num_distrib() > 1 and bs < 2: raise ValueError("MemoryLoader: bs is 1, and several processes need at least 2, or one of them may have no picture left.")
         if tfms is None and kept != size: raise ValueError(f"MemoryLoader: the pictures are kept at {kept} px, and without transforms size can't be {size}.")
         self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = split, size, bs, tfms, shuffle, seed, 0
         self.counts = (split[2] >= 0).sum(1).cpu()                                         # [n], objects of each picture
