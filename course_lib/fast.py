@@ -9,15 +9,17 @@ __all__ = ['in_memory', 'cut', 'follow', 'random_windows', 'overlap_windows', 'c
 # %% ../nbs/12b_fast.ipynb #f19282c3
 from concurrent.futures import ThreadPoolExecutor
 import math
+from .augment import valid_tfms
+from .boxes import area, pairwise_iou
+from .learn import DetectionDataset, collate, keep_memory, one_thread, pick_device
+from .start import cpu_count, data_root
+
+# %% ../nbs/12b_fast.ipynb #66201a49
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.torch_core import num_distrib, rank_distrib
 from torch import Tensor
-from .augment import valid_tfms
-from .boxes import area, pairwise_iou
-from .learn import DetectionDataset, collate, keep_memory, one_thread, pick_device
-from .start import cpu_count, data_root
 
 # %% ../nbs/12b_fast.ipynb #1efd5b7a
 def in_memory(
