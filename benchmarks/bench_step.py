@@ -122,7 +122,8 @@ def main():
         turns.append({})
         for setup in args.setups:
             command = [sys.executable, "-W", "ignore", __file__, "--one", setup, "--size", str(args.size), "--device", args.device, "--steps", str(args.steps)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            fresh = os.environ | dict(TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")      # the first step's time is that of compiling
+            out = subprocess.run(command, check=True, capture_output=True, text=True, env=fresh).stdout
             turns[-1][setup] = json.loads(out.splitlines()[-1])
             print(setup, turns[-1][setup], flush=True)
     middle = lambda setup, key: round(statistics.median(t[setup][key] for t in turns), 2)
