@@ -325,6 +325,7 @@ def load(self: DetectionLearner,
 def _fill_opt(learn, stored):
     "Give the learner's optimiser the stored state, on the model's device"
     if learn.opt is None: learn.create_opt()
+    if "param_groups" in stored: return learn.opt.load_state_dict(stored)                  # of one of PyTorch's own optimisers
     device = get_model(learn.model).anchors.device
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
     state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]

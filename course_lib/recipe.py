@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'one_cycle', 'EMA', 'Grow', 'Flipped', 'Half', 'EpochLoss',
            'write_json', 'Keep', 'go_on', 'Together', 'train', 'predict_files', 'course_train', 'course_predict']
 
 # %% ../nbs/13_recipe.ipynb #d39afed7
-import json, math, os, platform, sys, time
+import json, math, os, platform, sys, time, traceback
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,12 @@ from tqdm import tqdm
 # %% ../nbs/13_recipe.ipynb #5fca3e7a
 def one_cycle(
     learn,     # a `DetectionLearner`
-    epochs,
-    lr=5e-3,   # largest rate of the head; the late body gets a tenth of it, the early body a hundredth
+    epochs,    # how often every picture is seen
+    lr=5e-3,   # largest rate of the head; the late body gets a tenth of it, the early body, if it is not frozen, a hundredth
     warm=.15,  # share of the steps in which the rate rises
     flat=False, # keep the rate after it has risen, instead of bringing it down to nothing
-    start_epoch=0,
-    cbs=(),
+    start_epoch=0, # epochs that are done already
+    cbs=(),    # more callbacks
 ):
     "Train with a rate that rises quickly and falls slowly."
     if learn.opt is None: learn.create_opt()
@@ -54,7 +54,7 @@ def one_cycle(
 class EMA(Callback):
     "Validate and keep a moving average of the weights; with `decay` d it looks back about 1/(1-d) steps, fewer at the start."
     order = 20
-    def __init__(self, decay=.998): self.decay, self.steps, self.average = decay, 0, None
+    def __init__(self, decay=.99): self.decay, self.steps, self.average = decay, 0, None
     def weights(self): return [w for w in get_model(self.model).state_dict().values() if w.is_floating_point()]
     def before_fit(self):
         if self.average is None: self.average = [w.clone() for w in self.weights()]
@@ -76,7 +76,9 @@ class EMA(Callback):
             a.copy_(kept)
     def before_validate(self): self.swap()
     def after_validate(self): self.swap()
-    def after_fit(self): self.swap()
+    def after_fit(self):
+        self.swap()
+        self.average, self.steps = None, 0
 
 # %% ../nbs/13_recipe.ipynb #81208e50
 class Grow(Callback):
@@ -117,10 +119,10 @@ class Flipped(nn.Module):
 class Half(Callback):
     "Run the network in bfloat16 where that is safe (autocast); loss and weights stay in float32."
     order = 9
-    def before_batch(self):
-        self.context = torch.autocast(self.dls.device.type, torch.bfloat16)
-        self.context.__enter__()
-    def after_pred(self): self.context.__exit__(None, None, None)
+    def before_fit(self):
+        model = get_model(self.model)
+        model.forward = torch.autocast(self.dls.device.type, torch.bfloat16)(model.forward)
+    def after_fit(self): del get_model(self.model).forward
 
 # %% ../nbs/13_recipe.ipynb #cce2cf7c
 class EpochLoss(Metric):
@@ -146,9 +148,13 @@ def fast_learner(
     data,            # a `Data`
     model,           # a detector
     loss=None,       # as in `detection_learner`; None: `retina_loss` for a `RetinaNet`
-    bs=32, tfms=augment, seed=0, device=None, dls=None,
-    **kwargs,
-):
+    bs=32,           # pictures in a batch
+    tfms=augment,    # for training, as in `memory_loaders`
+    seed=0,          # of order and transforms
+    device=None,     # None: the GPU if there is one
+    dls=None,        # as in `detection_learner`; None: `memory_loaders` with the arguments above
+    **kwargs,        # for `detection_learner`
+): # a `DetectionLearner`
     "A `DetectionLearner` on pictures in memory, with AdamW in one call for all weights."
     set_seed(seed)
     dls = memory_loaders(data, model.size, bs, tfms, seed=seed, device=device) if dls is None else dls
@@ -232,6 +238,8 @@ def _check(settings):
     if s["start_size"] and s["model"] != "retinanet": raise ValueError("start_size: only a retinanet can change its size. Leave it out.")
     if s["start_size"] and not 32 <= s["start_size"] <= s["size"]: raise ValueError(f"start_size: {s['start_size']} must lie between 32 and size, {s['size']}.")
     if s["precision"] not in ("auto", "float32", "bfloat16"): raise ValueError(f"precision: {s['precision']!r} is not one of auto, float32, bfloat16.")
+    if not s["lr"] > 0: raise ValueError(f"lr: {s['lr']} must be above 0.")
+    if not 0 <= s["ema"] < 1: raise ValueError(f"ema: {s['ema']} must lie between 0 and 1.")
     for name in ("epochs", "bs", "size"):
         if s[name] < 1: raise ValueError(f"{name}: {s[name]} must be at least 1.")
 
@@ -277,7 +285,7 @@ def train(
     FileNotFoundError before anything is trained where an argument can't be; RuntimeError where the GPU's memory is not enough."""
     settings = {k: v for k, v in locals().items() if k not in ("out", "data")}
     name = "own" if isinstance(data, Data) else Path(data).stem
-    out, settings = Path(out or f"runs/{name}-{model}-{size}").expanduser(), dict(data=name, **settings)
+    out, settings = Path(out or f"runs/{name}-{model}-{size}").expanduser(), dict(data=name, processes=max(1, num_distrib()), **settings)
     _check(settings)
     again = _same_run(out / "last.pth", settings)
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available()) if num_distrib() > 1 else None
@@ -290,6 +298,7 @@ def train(
     average = EMA(ema)
     run = go_on(learn, average, out / "last.pth") if again else dict(
         settings=settings, classes=learn.classes, machine=machine(), train_pictures=len(data.train), valid_pictures=len(data.valid), epochs=[])
+    if run["train_pictures"] != len(data.train): raise ValueError(f"out: {out} holds a run with other pictures. Name another folder, or delete that one.")
     if compiled: learn.model.compile(dynamic=False)
     cbs = _callbacks(learn, settings, out, run, average, accelerator)
     try:
@@ -297,6 +306,7 @@ def train(
     except torch.OutOfMemoryError as e:
         raise RuntimeError(f"the GPU's memory is not enough for {bs} pictures of {size} px in a batch. Take a smaller bs, or a smaller size.") from e
     if not rank_distrib():
+        write_json(run, out / "run.json")
         learn.save(out.resolve() / "detector.pth", with_opt=False)
         learn.show_results(8).savefig(out / "detections.png", dpi=80)
         plt.close()
@@ -318,7 +328,7 @@ def predict_files(
     out: str="detections", # folder for the pictures with their boxes drawn; "" draws none
     score: float=.3,       # answers with a lower probability are dropped
     device: str=None,      # None: the GPU if there is one
-): # a dict of picture, width, height and objects (label, score, box) for each file
+): # for each file a dict of picture and objects (label, score, box in the picture's pixels)
     "Detect objects in picture files, and draw them. FileNotFoundError, OSError or ValueError, in one sentence, for what can't be read."
     (detector, names), files = load_detector(checkpoint, device), _picture_files(pictures)
     results = []
@@ -329,7 +339,7 @@ def predict_files(
         results.append(dict(picture=str(file), objects=objects))
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
-            show_detections(file, found, names, score, size=7).figure.savefig(Path(out) / f"{file.stem}.png", dpi=100)
+            show_detections(file, found, names, score, size=7).figure.savefig(Path(out) / f"{file.resolve().parent.name}_{file.name}.png", dpi=100)
             plt.close()
     return results
 
@@ -339,7 +349,10 @@ def _command(func, name):
     args = vars(anno_parser(func, prog=name).parse_args())
     args.pop("pdb", None), args.pop("xtra", None)
     try: return func(**args)
-    except (ValueError, OSError, RuntimeError) as e: sys.exit(f"{name}: {e}")
+    except (ValueError, OSError) as e: sys.exit(f"{name}: {e}")
+    except RuntimeError as e:
+        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent: raise
+        sys.exit(f"{name}: {e}")                                                           # said by this library itself
 
 def course_train():
     "The command that trains."

@@ -28,8 +28,8 @@ PICTURES = {
     "detector.png": ("11b_detector", "learn.show_results(", 480),
     "fpn.png": ("12_fpn", "Centres of positive anchors", 480),
     "fast.png": ("12b_fast", "One mechanism for crop", 480),
-    "recipe.png": ("13_recipe", "draw_ladder(ladder, base);", 480),
-    "ladder.png": ("13_recipe", "draw_ladder(ladder, base);", 900),
+    "recipe.png": ("13_recipe", "draw_ladder(ladder);", 480),
+    "ladder.png": ("13_recipe", "draw_ladder(ladder);", 900),
     "deploy.png": ("13b_deploy", "Found by onnxruntime", 480),
     "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
 }

@@ -112,6 +112,23 @@ def test_a_folder_with_another_run_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="another epochs, lr.*Name another folder"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=4, lr=1e-3))
 
 
+def test_a_run_does_not_go_on_with_other_pictures_or_processes(folder, tmp_path, monkeypatch):
+    train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    listing = folder / "ImageSets/Main/train.txt"
+    listing.write_text("\n".join(listing.read_text().split()[:5]))
+    with pytest.raises(ValueError, match="another run|other pictures"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="another processes"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+
+
+def test_the_last_row_is_not_lost(folder, tmp_path):
+    "Killed after the last checkpoint and before run.json: the next start writes it."
+    train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    (tmp_path / "run/run.json").unlink()
+    train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    assert len(curve(tmp_path / "run")) == 1
+
+
 def test_growing_pictures(folder, tmp_path):
     train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(size=96, start_size=32, epochs=5))
     assert [row["size"] for row in curve(tmp_path / "run")] == [32, 32, 64, 96, 96]
@@ -121,7 +138,7 @@ def test_growing_pictures(folder, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(model="yolo"), "model: 'yolo' is not one of retinanet, ssd"), (dict(epochs=0), "epochs: 0 must be at least 1"),
     (dict(model="ssd", start_size=32), "only a retinanet"), (dict(start_size=128), "start_size: 128 must lie between 32 and size, 64"),
-    (dict(precision="float8"), "precision: 'float8' is not one of"), (dict(classes="sqare"), "Did you mean square"), (dict(bs=0), "bs: 0")])
+    (dict(precision="float8"), "precision: 'float8' is not one of"), (dict(classes="sqare"), "Did you mean square"), (dict(bs=0), "bs: 0"), (dict(lr=0.), "lr: 0.0 must be above 0"), (dict(ema=1.), "ema: 1.0 must lie between 0 and 1")])
 def test_arguments_that_cannot_be(options, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message): train(str(folder), str(tmp_path / "run"), **OPTIONS | options)
     assert not (tmp_path / "run" / "last.pth").exists()
@@ -134,7 +151,8 @@ def test_out_of_memory_says_what_to_change(folder, tmp_path, monkeypatch):
 
 
 def test_half_precision_trains(folder, tmp_path):
-    train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(precision="bfloat16"))
+    learn = train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(precision="bfloat16"))
+    assert not torch.is_autocast_enabled("cpu") and learn.model(torch.zeros(1, 3, 64, 64))[0].dtype == torch.float32
     assert all(np.isfinite(row["loss"]) for row in curve(tmp_path / "run"))
 
 
@@ -234,6 +252,29 @@ def test_the_average_by_hand(data):
                 seen.append(keep)
     with learn.no_bar(), learn.no_logging(): one_cycle(learn, 2, 1e-2, cbs=[Watch(.9)])
     assert seen[:2] == [1 / 11, 2 / 12] and torch.allclose(learn.model.logits.bias, expected, atol=1e-6)
+
+
+def test_an_average_can_be_used_again(data):
+    "A second fit starts from the weights that the first one left, not from an old average."
+    learn, ema = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3, device="cpu"), EMA(.9)
+    with learn.no_bar(), learn.no_logging():
+        one_cycle(learn, 1, 1e-2, cbs=[ema])
+        assert ema.average is None and ema.steps == 0
+        before = learn.model.logits.bias.detach().clone()
+        one_cycle(learn, 1, 1e-9, cbs=[ema])
+    assert torch.allclose(learn.model.logits.bias, before, atol=1e-6)
+
+
+def test_saving_with_the_optimiser(data, tmp_path):
+    "A learner with one of PyTorch's own optimisers can be saved and loaded with its state."
+    make = lambda: fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3, device="cpu")
+    first, second = make(), make()
+    with first.no_bar(), first.no_logging(): one_cycle(first, 1, 1e-2)
+    second.load(first.save(tmp_path / "a.pth"))
+    a, b = first.opt.state_dict(), second.opt.state_dict()
+    assert a["param_groups"][0]["lr"] == b["param_groups"][0]["lr"] and len(a["state"]) == len(b["state"]) > 0
+    assert all(torch.equal(a["state"][k]["exp_avg"], b["state"][k]["exp_avg"]) for k in a["state"])
+    with second.no_bar(), second.no_logging(): one_cycle(second, 1, 1e-3)
 
 
 def test_sizes_that_grow_by_hand():
