@@ -9,7 +9,7 @@ The models: `cells`, 16 cells with one anchor each; `bce`, 189 anchors; `hard`, 
 the same with focal loss; `pyramid`, lesson 12's RetinaNet with ATSS and GIoU. All have the same backbone, transforms, schedule and seed, and are scored once, at the end, on the
 validation split: AP at an IoU of .5, area under the curve, objects marked difficult left out. `torchvision` is its RetinaNet
 with a pyramid of 128 channels on the same backbone, AdamW, one cycle, mirror images only, as someone would train it who
-reaches for a library. Results go to benchmarks/results/many_objects.json, one entry a data set and model.
+reaches for a library; `torchvision_ssd` the same for its SSD. Results go to benchmarks/results/many_objects.json, one entry a data set and model.
 """
 import argparse, json, os, platform, time
 from collections import OrderedDict
@@ -21,6 +21,8 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed
 from torch import nn
 from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD as TorchvisionSSD, SSDHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 from course_lib.augment import train_tfms, valid_tfms
@@ -81,11 +83,32 @@ def torchvision_retinanet(n_classes, size):
                                score_thresh=.01, detections_per_img=100)
 
 
-def train_torchvision(data, args):
-    "torchvision's RetinaNet: predictions, truth, seconds of training."
+class Maps(nn.Module):
+    "The course's backbone, its maps of stride 16 and 32, and two more, for torchvision's SSD."
+    def __init__(self, width=256):
+        super().__init__()
+        self.body = backbone(out_indices=(3, 4))
+        down = lambda n: nn.Sequential(nn.Conv2d(n, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.more = nn.ModuleList([down(self.body.channels[-1]), down(width)])
+        self.out_channels = [*self.body.channels, width, width]
+    def forward(self, x):
+        maps = list(self.body(x))
+        for more in self.more: maps.append(more(maps[-1]))
+        return OrderedDict((str(i), m) for i, m in enumerate(maps))
+
+
+def torchvision_ssd(n_classes, size):
+    "torchvision's SSD with the course's backbone: boxes of a tenth to most of the picture, six a cell; class 0 is background."
+    boxes = DefaultBoxGenerator([[2, 3]] * 4, scales=[.1, .25, .45, .7, .95])
+    head = SSDHead([*backbone(pretrained=False, out_indices=(3, 4)).channels, 256, 256], boxes.num_anchors_per_location(), n_classes + 1)
+    return TorchvisionSSD(Maps(), boxes, (size, size), n_classes + 1, image_mean=[0, 0, 0], image_std=[1, 1, 1], head=head, score_thresh=.01, detections_per_img=100)
+
+
+def train_torchvision(data, args, make=torchvision_retinanet, first=0):
+    "A detector of torchvision's, whose labels begin with `first`: predictions, truth, seconds of training."
     size = args.size
     dls = dataloaders(data, size, 16, train_tfms(size, crop=1, color=0), valid_tfms(size), difficult=True, device=args.device)
-    model = torchvision_retinanet(len(data.classes), size).to(dls.device)
+    model = make(len(data.classes), size).to(dls.device)
     body, head = list(model.backbone.body.parameters()), [p for n, p in model.named_parameters() if not n.startswith("backbone.body.")]
     opt = torch.optim.AdamW([dict(params=body), dict(params=head)], lr=1e-3, weight_decay=.01)
     steps = args.torchvision_epochs * len(dls.train)
@@ -94,7 +117,7 @@ def train_torchvision(data, args):
     for epoch in range(args.torchvision_epochs):
         model.train()
         for images, boxes, labels, difficult in dls.train:
-            truth = [dict(boxes=b[l >= 0], labels=l[l >= 0]) for b, l in zip(boxes, labels)]
+            truth = [dict(boxes=b[l >= 0], labels=l[l >= 0] + first) for b, l in zip(boxes, labels)]
             loss = sum(model(list(images), truth).values())
             opt.zero_grad(); loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -104,7 +127,7 @@ def train_torchvision(data, args):
     model.eval()
     with torch.no_grad():
         for images, *truth in dls.valid:
-            preds += [{k: v.cpu() for k, v in p.items()} for p in model(list(images))]
+            preds += [{k: v.cpu() - first * (k == "labels") for k, v in p.items()} for p in model(list(images))]
             targets += unpad(*truth)
     return preds, targets, seconds
 
@@ -112,7 +135,7 @@ def train_torchvision(data, args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="pocket", help="pocket, or a folder in VOC's layout, or the name of one where data lives")
-    p.add_argument("--models", nargs="+", choices=[*SSDS, "pyramid", "torchvision"], default=[*SSDS, "pyramid"])
+    p.add_argument("--models", nargs="+", choices=[*SSDS, "pyramid", "torchvision", "torchvision_ssd"], default=[*SSDS, "pyramid"])
     p.add_argument("--tune", action="store_true", help="train on four fifths of train, score on the rest of it")
     p.add_argument("--size", type=int, default=None, help="default: 128 for pocket, else 224")
     p.add_argument("--bs", type=int, default=32)
@@ -132,7 +155,9 @@ def main():
     if args.tune: data = hold_out(data)
     for name in args.models:
         set_seed(args.seed)
-        preds, targets, seconds = train_torchvision(data, args) if name == "torchvision" else train_ours(name, data, args)
+        if name == "torchvision": preds, targets, seconds = train_torchvision(data, args)
+        elif name == "torchvision_ssd": preds, targets, seconds = train_torchvision(data, args, torchvision_ssd, first=1)
+        else: preds, targets, seconds = train_ours(name, data, args)
         score = lambda **k: mean_ap(preds, targets, len(data.classes), **k)
         ap = score()
         result = dict(map50=round(100 * ap.map, 1), map50_11pt=round(100 * score(style="11pt").map, 1),
@@ -141,7 +166,7 @@ def main():
                       train_seconds=round(seconds), train_pictures=len(data.train), valid_pictures=len(data.valid))
         print(name, result, flush=True)
         if args.tune or args.limit: continue
-        keys = ("size", "seed", "torchvision_epochs") if name == "torchvision" else ("size", "bs", "frozen", "epochs", "lr", "crop", "seed")
+        keys = ("size", "seed", "torchvision_epochs") if name.startswith("torchvision") else ("size", "bs", "frozen", "epochs", "lr", "crop", "seed")
         machine = dict(cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
                        device=str(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), python=platform.python_version())
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
