@@ -14,10 +14,12 @@ from .anchors import encode
 from .match import match
 
 # %% ../nbs/09_focal.ipynb #b7bfbd6e
-def _focal(right, gamma):
-    "Equation 4, from the logit of the true answer: sigmoid(right) is p_t."
-    loss = -F.logsigmoid(right)                                 # -log(p_t)
-    return loss * (-right).sigmoid() ** gamma if gamma else loss
+def _focal(logits, sign, alpha, gamma):
+    "Equation 5 without its minus, for a sign of 1 where the truth is a yes and of -1 where it is a no."
+    right = logits * sign                                       # the logit of the true answer: sigmoid(right) is p_t
+    gain = F.logsigmoid(right)                                  # log(p_t)
+    if gamma: gain = gain * (-right).sigmoid() ** gamma         # 1 - p_t is sigmoid(-right)
+    return gain if alpha is None else gain * (.5 + (alpha - .5) * sign)
 
 # %% ../nbs/09_focal.ipynb #50071258
 def focal_loss(
@@ -31,8 +33,7 @@ def focal_loss(
     Lin et al., Focal Loss for Dense Object Detection (2017), equations 4 and 5; the same numbers as `torchvision.ops.sigmoid_focal_loss`.
     `targets` broadcasts; one number stands for all. Gradients are finite for gamma 0 and from 1 on; between, only for logits up to about 80.
     """
-    loss = _focal(logits * (2 * targets - 1), gamma)
-    return loss if alpha is None else loss * (1 - alpha + (2 * alpha - 1) * targets)
+    return -_focal(logits, 2 * targets - 1, alpha, gamma)
 
 # %% ../nbs/09_focal.ipynb #56e8e6c5
 class SSDLoss(nn.Module):
@@ -78,16 +79,18 @@ class SSDLoss(nn.Module):
         return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets), reduction="none").sum(2)
     def class_losses(self, logits, own):
         "The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1 for none"
-        yes, no = (1, 1) if self.alpha is None else (self.alpha, 1 - self.alpha)
-        x = logits.gather(2, own.clamp(min=0)[..., None])[..., 0]                                   # [B,A]
-        change = yes * _focal(x, self.gamma) - no * _focal(-x, self.gamma)
-        return no * _focal(-logits, self.gamma).sum(2) + change * (own >= 0)
+        yes = (2 * (own >= 0) - 1).to(logits)                                                       # [B,A], -1 where there is no object
+        sign = torch.full_like(logits, -1).scatter_(2, own.clamp(min=0)[..., None], yes[..., None]) # [B,A,C]
+        return -_focal(logits, sign, self.alpha, self.gamma).sum(2)
     def hardest(self, losses, matched):
-        "True for the matched anchors and, in each picture, `negatives` times as many backgrounds: those with the largest losses, [B,A]"
+        "True for the matched anchors and, in each picture, `negatives` times as many backgrounds: the largest losses, ties to the lower anchor, [B,A]"
         positive, background = matched >= 0, matched == -1
-        order = losses.detach().masked_fill(~background, -1).argsort(dim=1, descending=True, stable=True)        # [B,A]
-        first = torch.arange(losses.shape[1], device=losses.device) < self.negatives * positive.sum(1, keepdim=True)
-        return positive | (torch.zeros_like(positive).scatter(1, order, first) & background)
+        n = torch.minimum(self.negatives * positive.sum(1, keepdim=True), background.sum(1, keepdim=True))       # [B,1]
+        losses = losses.detach().masked_fill(~background, -1)                                       # [B,A]
+        most = int(n.max().clamp(min=1)) if losses.device.type == "cpu" else losses.shape[1]
+        bar = losses.topk(most, 1).values.gather(1, (n - 1).clamp(min=0))                           # [B,1]
+        above, level = losses > bar, losses == bar                                                  # [B,A] [B,A]
+        return positive | above | (level & (level.cumsum(1) <= n - above.sum(1, keepdim=True)))
     def parts(self, pred, boxes, labels, difficult=None):
         "The two parts by themselves: boxes, classes"
         offsets, logits = (x if x.dtype == torch.double else x.float() for x in pred)

@@ -7,6 +7,7 @@ __all__ = ['strongest_first', 'match', 'unmatched']
 
 # %% ../nbs/07_grid.ipynb #9e6c7169
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .boxes import pairwise_iou
 
@@ -22,13 +23,17 @@ def strongest_first(
     """
     B, N, A = overlap.shape
     slots, chosen = torch.arange(N, device=overlap.device), overlap.new_full((B, A + 1), -1, dtype=torch.long)
+    left, waiting = F.pad(overlap, (0, 1)), torch.ones_like(overlap[..., 0], dtype=torch.bool)  # [B,N,A+1] [B,N]; column A: no anchor
     for _ in range(min(N, A)):
-        strongest, a = overlap.max(2)                                                     # [B,N] [B,N]
-        rival = overlap.gather(2, a[:, None].expand(-1, N, -1)).argmax(1)                 # [B,N]
-        wins = (strongest > 0) & (rival == slots)                                         # [B,N]
-        chosen.scatter_(1, a.masked_fill(~wins, A), slots.expand(B, -1))                  # column A: no anchor
-        if overlap.device.type == "cpu" and torch.equal(wins, strongest > 0): break
-        overlap = overlap.masked_fill(wins[..., None] | (chosen[:, None, :A] >= 0), 0)    # settled
+        strongest, a = left.max(2)                                                        # [B,N] [B,N]
+        waiting = waiting & (strongest > 0)
+        rivals = left.gather(2, a[:, None].expand(-1, N, -1)) * waiting[..., None]        # [B,N,N], of each object with each one's anchor
+        wins = waiting & (rivals.argmax(1) == slots)                                      # [B,N]
+        settled = a.masked_fill(~wins, A)                                                 # [B,N]
+        chosen.scatter_(1, settled, slots.expand(B, -1))
+        if overlap.device.type == "cpu" and torch.equal(wins, waiting): break
+        waiting = waiting & ~wins
+        left.scatter_(2, settled[:, None].expand(-1, N, -1), 0)                           # these anchors are taken
     return chosen[:, :A]
 
 # %% ../nbs/07_grid.ipynb #4a43f718
