@@ -54,6 +54,9 @@ RUNGS = dict(   # name: what it is called, which rung it stands on, what it chan
     double=("twice the epochs", "ema", dict(epochs=10)),
     long_crop=("random crop, twice the epochs", "double", dict(crop=.5)),
     best=("224 px, crop, twice the epochs", "long_crop", dict(size=224)),
+    quadruple=("four times the epochs", "double", dict(epochs=20)),
+    quadruple_crop=("random crop, four times the epochs", "quadruple", dict(crop=.5)),
+    quadruple_colour=("crop and colour, four times the epochs", "quadruple_crop", dict(color=.2)),
 )
 MIRRORED = ("ema", "double", "best")   # scored a second time, with test-time mirror images
 
@@ -76,7 +79,7 @@ def make(data, s):
     return model, SSDLoss(model.anchors, s["loss"], **options)
 
 
-class Quiet(Callback):
+class Unscored(Callback):
     "The held-out pictures are scored once, at the end; a line after every epoch says how far training is."
     order = 60
     def before_fit(self): self.begin = time.time()
@@ -105,7 +108,7 @@ def run(rung, seed, data, s):
     tfms = partial(augment, **{k: s[k] for k in ("flip", "color", "crop", "overlap", "out", "four")})
     learn = fast_learner(data, model, loss, bs=s["bs"], tfms=tfms, seed=seed)
     if not s["whole"]: learn.freeze_to(1)
-    cbs = [Quiet()] + ([EMA(s["ema"])] if s["ema"] else []) + ([Grow(s["start"], s["size"])] if s["start"] else [])
+    cbs = [Unscored()] + ([EMA(s["ema"])] if s["ema"] else []) + ([Grow(s["start"], s["size"])] if s["start"] else [])
     start = time.time()
     with learn.no_bar(), learn.no_logging():
         one_cycle(learn, s["epochs"], s["lr"], flat=s["schedule"] == "flat", cbs=cbs)

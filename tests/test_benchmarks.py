@@ -11,6 +11,7 @@ from PIL import Image
 HERE = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(HERE))
 import ladder  # noqa: E402
+import speedrun  # noqa: E402
 from make_animals import make_animals  # noqa: E402
 from course_lib.data import read_voc  # noqa: E402
 
@@ -73,3 +74,18 @@ def test_stored_results_are_those_of_the_rungs():
         assert file.stem == f"{result['rung']}-{result['seed']}" and result["settings"] == ladder.settings(result["rung"])
         assert result["on"] == ladder.RUNGS[result["rung"]][1] and result["name"] == ladder.RUNGS[result["rung"]][0]
         assert (result["train_pictures"], result["valid_pictures"]) == (1697, 1329)
+
+
+def test_a_prediction_grows_with_the_pictures():
+    "Ten times the pictures take ten times as long, but for what does not depend on them."
+    phases = dict(imports=5, annotations=1, pictures=20, network=2, training=100, scoring=10)
+    run = dict(seconds=phases, train_pictures=1655.1, scored_pictures=495.2, size=320, epochs=8)
+    assert speedrun.predict(run) == dict(train=16551, scored=4952, size=320, epochs=8, seconds=5 + 2 + 10 * (1 + 20 + 100 + 10))
+
+
+def test_a_stored_prediction_follows_from_its_run():
+    for data, runs in json.loads((HERE / "results" / "speedrun.json").read_text()).items():
+        for name, stored in runs.items():
+            run, _, predicted = name.partition(": predicted")
+            if predicted: assert stored == speedrun.predict(runs[run]), (data, name)
+            else: assert stored["total_seconds"] == pytest.approx(sum(stored["seconds"].values()), abs=.1)
