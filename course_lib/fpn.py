@@ -99,7 +99,9 @@ def _candidates(anchors, boxes, grids, k):
     "True for the k anchors of each level whose centres are closest to the object's, [B,N,A]."
     middle = lambda x: (x[..., :2] + x[..., 2:]) / 2
     away = torch.cdist(middle(boxes), middle(anchors))                                     # [B,N,A]
-    each, near, start = len(anchors) // sum(g * g for g in grids), torch.zeros_like(away, dtype=torch.bool), 0
+    near = torch.zeros_like(away, dtype=torch.bool)
+    each = len(anchors) // sum(g * g for g in grids)                                       # anchors of a cell
+    start = 0
     for g in grids:
         n = g * g * each
         closest = away[..., start:start + n].topk(min(k, n), largest=False).indices        # [B,N,k]

@@ -48,8 +48,8 @@ def match(
 ) -> Tensor:                # [B,A], the index of each anchor's object, -1 for background, -2 for ignored
     """Which object each anchor answers for, for a whole padded batch at once.
 
-    1. Every object that overlaps an anchor at all gets one while a free one is left: over all pairs
-       of a picture the strongest IoU comes first, ties go to the lower object, then the lower anchor.
+    1. Every object gets an anchor while one that it overlaps is free: over all pairs of a picture
+       the strongest IoU comes first, ties go to the lower object, then the lower anchor.
     2. Any other anchor answers for the object it overlaps most (ties: the lower index) from IoU
        `positive` on, is background below `negative`, and ignored (-2) between.
     3. An anchor that a difficult object has taken by these rules is ignored.
