@@ -1,7 +1,7 @@
 """From JPEG files to the final mAP: how many seconds the recipe takes, phase by phase, and how they grow with pictures and size.
 
     python benchmarks/speedrun.py                                     # 320 px, 8 epochs of VOC2012-animals, and the short runs that show how time grows
-    python benchmarks/speedrun.py --runs ten-160 ten-192 ten-224      # what ten minutes buy, everything included, at three sizes
+    python benchmarks/speedrun.py --runs ten-160 ten-224 ten-320      # what ten minutes buy, everything included, at three sizes
     python benchmarks/speedrun.py --data voc0712 --epochs 24 --runs whole --split test       # for who has a GPU and an hour: VOC07+12, scored on VOC07's test split
 
 A process of its own for each run, nothing cached between them but what the operating system keeps of the files. The phases:
@@ -12,7 +12,7 @@ A process of its own for each run, nothing cached between them but what the oper
   training     the epochs, without a look at the held-out pictures
   scoring      detections in all held-out pictures, and their mAP
 
-`whole` is the run that counts: --size, --epochs and all pictures. `half` and `quarter` are one epoch with a part of the pictures, `160`, `192` and `224` one epoch at another size; their mAP
+`whole` is the run that counts: --size, --epochs and all pictures. `half` and `quarter` are one epoch with a part of the pictures, `160` to `320` one epoch at that size; their mAP
 says nothing and is not kept. `ten-SIZE` trains for as many epochs as fit in ten minutes, by the time that the run SIZE took before. From `whole` follows what VOC07+12 (16,551 pictures to
 train on, 4,952 to score) would take with as many epochs: annotations, pictures, training and scoring grow with their pictures, the rest is a constant. It is a prediction. Expected
 before measuring, on two CPU cores: training takes over nine tenths of `whole`; time grows with the area of the picture.
@@ -34,7 +34,7 @@ from course_lib.fpn import RetinaNet
 from course_lib.metrics import mean_ap
 from course_lib.recipe import EMA, Half, fast_learner, machine, one_cycle, write_json
 
-SIZES = ("160", "192", "224")
+SIZES = ("160", "192", "224", "256", "320")
 VOC0712 = dict(train=16551, scored=4952)
 
 
@@ -97,7 +97,7 @@ def main():
     p.add_argument("--data", default="VOC2012-animals", help="a folder, the name of one where data lives, or a name for get_data")
     p.add_argument("--size", type=int, default=320)
     p.add_argument("--epochs", type=int, default=8)
-    p.add_argument("--runs", nargs="+", choices=("whole", "half", "quarter", "160", *SIZES, *(f"ten-{s}" for s in SIZES)), default=["whole", "half", "quarter", *SIZES])
+    p.add_argument("--runs", nargs="+", choices=("whole", "half", "quarter", *SIZES, *(f"ten-{s}" for s in SIZES)), default=["whole", "half", "quarter", *SIZES])
     p.add_argument("--split", choices=("valid", "test"), default="valid", help="what is scored")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--compiled", action="store_true")

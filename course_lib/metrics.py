@@ -127,7 +127,7 @@ def _precision(found, rows, right, ignored, counts, n_classes):
     """Detections that are right: their row, variant, how many are right so far in their class, and the precision there.
 
     rows [R] are detections with an object, right and ignored [R,V] say what became of them in each variant (threshold and
-    range of areas); counts [N,V or a divisor of it] whether a detection without an object counts.
+    range of areas, which change fastest); counts [N,A], by range, whether a detection without an object counts.
     """
     labels, starts = found["labels"], torch.searchsorted(found["labels"], torch.arange(n_classes))
     others = counts.clone()

@@ -30,6 +30,7 @@ PICTURES = {
     "fast.png": ("12b_fast", "One mechanism for crop", 480),
     "recipe.png": ("13_recipe", "draw_ladder(ladder);", 480),
     "ladder.png": ("13_recipe", "draw_ladder(ladder);", 900),
+    "beside.png": ("13_recipe", "The recipe (circles) and torchvision's", 800),
     "deploy.png": ("13b_deploy", "Found by onnxruntime", 480),
     "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
 }
