@@ -1,15 +1,21 @@
-"""What a training step costs: the course's pyramid beside torchvision's RetinaNet on the same backbone, 224 px, batches of 32.
+"""What a training step costs: the course's pyramid beside torchvision's RetinaNet on the same
+backbone, 224 px, batches of 32.
 
-    python benchmarks/bench_step.py            # writes benchmarks/results/step.json (on a GPU: step_cuda.json)
+python benchmarks/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
+step_cuda.json)
 
-A step starts from bytes in memory: transform, forward, loss, backward, optimiser. `ours` is what `course_train` does (early half of the body
-frozen), `whole` trains the whole body, as `torchvision` does: its RetinaNet with a pyramid of 128 channels, mirror images only. `bf16` adds autocast, `compiled`
-torch.compile of the network. Each set-up runs in a process of its own, in turn, several times; ratios are medians of turns.
-`operations` counts what PyTorch is asked to do in a step, `waits` those of them that need a number back on the host, or make a shape that depends on data: on a GPU each of
-these stops the queue. They are counted on any device. On a GPU, kernel launches, synchronisations and peak memory are measured as well.
+A step starts from bytes in memory: transform, forward, loss, backward, optimiser. `ours` is
+what `course_train` does (early half of the body frozen), `whole` trains the whole body, as
+`torchvision` does: its RetinaNet with a pyramid of 128 channels, mirror images only. `bf16`
+adds autocast, `compiled` torch.compile of the network. Each set-up runs in a process of its
+own, in turn, several times; ratios are medians of turns. `operations` counts what PyTorch is
+asked to do in a step, `waits` those of them that need a number back on the host, or make a
+shape that depends on data: on a GPU each of these stops the queue. They are counted on any
+device. On a GPU, kernel launches, synchronisations and peak memory are measured as well.
 
-Expected before measuring: the frozen half saves a third of the time; compile helps most where there are many small element-wise steps between
-convolutions, as in this backbone; bf16 helps on CPUs with AMX or AVX512-BF16; torchvision waits about three times a picture.
+Expected before measuring: the frozen half saves a third of the time; compile helps most where
+there are many small element-wise steps between convolutions, as in this backbone; bf16 helps on
+CPUs with AMX or AVX512-BF16; torchvision waits about three times a picture.
 """
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path
@@ -24,8 +30,10 @@ def batch(size, device):
     random = torch.Generator().manual_seed(0)
     side = round(size * 8 / 7)
     images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=random)
-    corner, sides = torch.rand(BATCH, 3, 2, generator=random) * side * .5, (.1 + .4 * torch.rand(BATCH, 3, 2, generator=random)) * side
-    boxes, labels = torch.cat([corner, corner + sides], 2), torch.randint(0, CLASSES, (BATCH, 3), generator=random)
+    corner, sides = (torch.rand(BATCH, 3, 2, generator=random) * side * .5,
+                     (.1 + .4 * torch.rand(BATCH, 3, 2, generator=random)) * side)
+    boxes, labels = (torch.cat([corner, corner + sides], 2),
+                     torch.randint(0, CLASSES, (BATCH, 3), generator=random))
     return [x.to(device) for x in (images, boxes, labels, torch.zeros(BATCH, 3, dtype=torch.bool))]
 
 
@@ -42,7 +50,8 @@ def make_step(setup, size, device):
         model = torchvision_retinanet(CLASSES, size).to(device).train()
         tfms = partial(augment, crop=1, color=0)
         def losses(x, boxes, labels, difficult):
-            return sum(model(list(x), [dict(boxes=b, labels=l) for b, l in zip(boxes, labels)]).values())
+            return sum(model(list(x),
+                             [dict(boxes=b, labels=l) for b, l in zip(boxes, labels)]).values())
     else:
         model, tfms = RetinaNet(CLASSES, size).to(device).train(), augment
         if setup != "whole":
@@ -68,8 +77,12 @@ def count(step):
         operations = waits = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.operations += 1
-            self.waits += str(func).split(".")[1] in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero") or \
-                (str(func).startswith("aten.index.Tensor") and any(x is not None and x.dtype.is_floating_point is False and str(x.dtype) == "torch.bool" for x in args[1]))
+            self.waits += str(func).split(".")[1] in ("_local_scalar_dense", "nonzero",
+                                                      "masked_select", "_unique2", "equal",
+                                                      "is_nonzero") or \
+                (str(func).startswith("aten.index.Tensor")
+                 and any(x is not None and x.dtype.is_floating_point is False
+                         and str(x.dtype) == "torch.bool" for x in args[1]))
             return func(*args, **(kwargs or {}))
     with Count() as counted: step()
     return dict(operations=counted.operations, waits=counted.waits)
@@ -97,15 +110,18 @@ def one(setup, size, device, steps):
     if "compiled" not in setup: result |= count(step)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as seen: step(); finish()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as seen:
+            step(); finish()
         names = [e.name for e in seen.events()]
-        result |= dict(launches=sum("LaunchKernel" in n for n in names), synchronisations=sum("Synchronize" in n for n in names) - 1,
+        result |= dict(launches=sum("LaunchKernel" in n for n in names),
+                       synchronisations=sum("Synchronize" in n for n in names) - 1,
                        peak_memory_mb=round(torch.cuda.max_memory_allocated() / 2**20))
     return result
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--device", default=None, help="cpu or cuda; default: the GPU if there is one")
     p.add_argument("--turns", type=int, default=3)
@@ -121,20 +137,27 @@ def main():
     for _ in range(args.turns):
         turns.append({})
         for setup in args.setups:
-            command = [sys.executable, "-W", "ignore", __file__, "--one", setup, "--size", str(args.size), "--device", args.device, "--steps", str(args.steps)]
-            fresh = os.environ | dict(TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")      # the first step's time is that of compiling
-            out = subprocess.run(command, check=True, capture_output=True, text=True, env=fresh).stdout
+            command = [sys.executable, "-W", "ignore", __file__, "--one", setup, "--size",
+                       str(args.size), "--device", args.device, "--steps", str(args.steps)]
+            # the first step's time is that of compiling
+            fresh = os.environ | dict(TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+            out = subprocess.run(command, check=True, capture_output=True, text=True,
+                                 env=fresh).stdout
             turns[-1][setup] = json.loads(out.splitlines()[-1])
             print(setup, turns[-1][setup], flush=True)
     middle = lambda setup, key: round(statistics.median(t[setup][key] for t in turns), 2)
     result = {s: {k: middle(s, k) for k in turns[0][s]} for s in args.setups}
     base = args.setups[0]
     for s in args.setups:
-        result[s][f"speed_of_{base}"] = round(statistics.median(t[s]["pictures_per_second"] / t[base]["pictures_per_second"] for t in turns), 2)
-    machine = dict(cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0],
+        result[s][f"speed_of_{base}"] = round(statistics.median(
+            t[s]["pictures_per_second"] / t[base]["pictures_per_second"] for t in turns), 2)
+    machine = dict(cores=os.cpu_count(), threads=torch.get_num_threads(),
+                   torch=torch.__version__.split("+")[0],
                    device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu")
-    out = Path(args.out or Path(__file__).parent / "results" / ("step.json" if args.device == "cpu" else f"step_{args.device}.json"))
-    out.write_text(json.dumps(dict(size=args.size, batch=BATCH, turns=args.turns, machine=machine, setups=result), indent=1) + "\n")
+    out = Path(args.out or Path(__file__).parent / "results"
+               / ("step.json" if args.device == "cpu" else f"step_{args.device}.json"))
+    out.write_text(json.dumps(dict(size=args.size, batch=BATCH, turns=args.turns, machine=machine,
+                                   setups=result), indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -20,10 +20,11 @@ def make_anchors(
 ) -> Tensor:                            # [A,4], x0, y0, x1, y1 in pixels
     """Boxes of every zoom and ratio around the centre of every cell of every grid.
 
-    Grid by grid, row by row, cell by cell, then zoom by zoom and ratio by ratio: the order in which a
-    head's map `[B,k*C,g,g]` becomes `[B,g*g*k,C]`. Anchors may reach beyond the picture.
+    Grid by grid, row by row, cell by cell, then zoom by zoom and ratio by ratio: the order in
+    which a head's map `[B,k*C,g,g]` becomes `[B,g*g*k,C]`. Anchors may reach beyond the
+    picture.
     """
-    shapes = torch.tensor([(zoom * w, zoom * h) for zoom in zooms for w, h in ratios])         # [k,2]
+    shapes = torch.tensor([(zoom * w, zoom * h) for zoom in zooms for w, h in ratios])  # [k,2]
     anchors = []
     for g in grids:
         middles = (torch.arange(g) + .5) / g                                           # [g]
@@ -41,11 +42,12 @@ def encode(
     boxes: Tensor,   # [...,4], x0, y0, x1, y1
     anchors: Tensor, # [...,4], one for each box (leading dimensions broadcast)
 ) -> Tensor:         # [...,4], offsets of centre and log size
-    """Boxes as offsets from their anchors: the centre in units of the anchor's side, the size as a logarithm.
+    """Boxes as offsets from their anchors: the centre in units of the anchor's side, the size as a
+    logarithm.
 
-    Both are divided by `VARIANCES`, so that typical values are near 1. A side below 1/1000 of its anchor's
-    counts as that, which keeps padding finite. Girshick et al., R-CNN (2014), appendix C; the variances are
-    those of the SSD code (Liu et al. 2016).
+    Both are divided by `VARIANCES`, so that typical values are near 1. A side below 1/1000 of
+    its anchor's counts as that, which keeps padding finite. Girshick et al., R-CNN (2014),
+    appendix C; the variances are those of the SSD code (Liu et al. 2016).
     """
     box, anchor = convert(boxes, "xyxy", "cxcywh"), convert(anchors, "xyxy", "cxcywh")
     centre = (box[..., :2] - anchor[..., :2]) / anchor[..., 2:] / VARIANCES[0]         # [...,2]
@@ -59,8 +61,8 @@ def decode(
 ) -> Tensor:         # [...,4], x0, y0, x1, y1
     """Offsets back to boxes: the reverse of `encode`.
 
-    A side is at most 62.5 times its anchor's, as in torchvision, so that no exp overflows. Boxes may reach
-    beyond the picture.
+    A side is at most 62.5 times its anchor's, as in torchvision, so that no exp overflows.
+    Boxes may reach beyond the picture.
     """
     anchor = convert(anchors, "xyxy", "cxcywh")
     centre = anchor[..., :2] + offsets[..., :2] * VARIANCES[0] * anchor[..., 2:]       # [...,2]

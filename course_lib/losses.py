@@ -15,8 +15,9 @@ from .match import match
 
 # %% ../nbs/09_focal.ipynb #b7bfbd6e
 def _focal(logits, sign, alpha, gamma):
-    "Equation 5 without its minus, for a sign of 1 where the truth is a yes and of -1 where it is a no."
-    right = logits * sign                                       # the logit of the true answer: sigmoid(right) is p_t
+    """Equation 5 without its minus, for a sign of 1 where the truth is a yes and of -1 where it is
+    a no."""
+    right = logits * sign  # the logit of the true answer: sigmoid(right) is p_t
     gain = F.logsigmoid(right)                                  # log(p_t)
     if gamma: gain = gain * (-right).sigmoid() ** gamma         # 1 - p_t is sigmoid(-right)
     return gain if alpha is None else gain * (.5 + (alpha - .5) * sign)
@@ -30,8 +31,10 @@ def focal_loss(
 ): # [...], one loss each
     """Cross-entropy of a yes-or-no answer, turned down where the answer is already right.
 
-    Lin et al., Focal Loss for Dense Object Detection (2017), equations 4 and 5; the same numbers as `torchvision.ops.sigmoid_focal_loss`.
-    `targets` broadcasts; one number stands for all. Gradients are finite for gamma 0 and from 1 on; between, only for logits up to about 80.
+    Lin et al., Focal Loss for Dense Object Detection (2017), equations 4 and 5; the same
+    numbers as `torchvision.ops.sigmoid_focal_loss`. `targets` broadcasts; one number stands for
+    all. Gradients are finite for gamma 0 and from 1 on; between, only for logits up to about
+    80.
     """
     return -_focal(logits, 2 * targets - 1, alpha, gamma)
 
@@ -39,22 +42,33 @@ def focal_loss(
 class SSDLoss(nn.Module):
     def __init__(self,
         anchors,        # [A,4]
-        kind="focal",   # "bce": every anchor counts alike; "hard": the worst `negatives` backgrounds per matched anchor; "focal"
+        # "bce": every anchor counts alike; "hard": the worst `negatives` backgrounds per matched
+        # anchor; "focal"
+        kind="focal",
         alpha=.25,      # of `focal_loss`
         gamma=2.,       # of `focal_loss`
         negatives=3,    # of "hard"
         positive=.4,    # of `match`
         negative=.3,    # of `match`
-        assign=None,    # (anchors, boxes, labels, difficult) to [B,A], as `match` returns it; None: `match` with the two numbers above
-        box_losses=None, # (offsets [B,A,4], boxes [B,N,4], index [B,A] of each anchor's box) to [B,A]; None: `offset_losses`
-        box_weight=None, # how much the boxes count against the classes; None: `alpha` for "focal", which turns the classes down, else 1
+        # (anchors, boxes, labels, difficult) to [B,A], as `match` returns it; None: `match` with
+        # the two numbers above
+        assign=None,
+        # (offsets [B,A,4], boxes [B,N,4], index [B,A] of each anchor's box) to [B,A]; None:
+        # `offset_losses`
+        box_losses=None,
+        # how much the boxes count against the classes; None: `alpha` for "focal", which turns the
+        # classes down, else 1
+        box_weight=None,
     ):
-        """Loss of a detector with anchors: smooth L1 of the offsets of matched anchors, and a yes-or-no loss for each class of every anchor.
+        """Loss of a detector with anchors: smooth L1 of the offsets of matched anchors, and a
+        yes-or-no loss for each class of every anchor.
 
-        Takes `(offsets [B,A,4], logits [B,A,C])` and a batch's `boxes [B,N,4]`, `labels [B,N]` and, where there are any,
-        `difficult [B,N]`; returns a scalar: sums over anchors, divided by the number of matched anchors in the batch (at
-        least 1). Ignored anchors count for nothing. Half precision is worked out in float32, and it never waits for the GPU. ValueError for an unknown kind.
-        Liu et al., SSD (2016), section 2.2, equation 1, with a sigmoid for each class in place of a softmax.
+        Takes `(offsets [B,A,4], logits [B,A,C])` and a batch's `boxes [B,N,4]`, `labels [B,N]`
+        and, where there are any, `difficult [B,N]`; returns a scalar: sums over anchors,
+        divided by the number of matched anchors in the batch (at least 1). Ignored anchors
+        count for nothing. Half precision is worked out in float32, and it never waits for the
+        GPU. ValueError for an unknown kind. Liu et al., SSD (2016), section 2.2, equation 1,
+        with a sigmoid for each class in place of a softmax.
         """
         super().__init__()
         if kind not in ("bce", "hard", "focal"):
@@ -67,41 +81,53 @@ class SSDLoss(nn.Module):
         self.register_buffer("anchors", anchors)
         sides = anchors[:, 2:] - anchors[:, :2]
         self.register_buffer("unit", anchors.new_tensor([-.5, -.5, .5, .5]), persistent=False)
-        self.register_buffer("places", encode(anchors, self.unit), persistent=False)                             # [A,4]
-        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1), persistent=False)      # [A,4]
+        self.register_buffer("places", encode(anchors, self.unit), persistent=False)  # [A,4]
+        # [A,4]
+        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1),
+                             persistent=False)
     def encoded(self, boxes, index):
-        """Each anchor's object as offsets from it, [B,A,4]: `encode(box, anchor)` is a difference, (object - anchor) x scale, if both are
-        encoded from one box of side 1 before, so logarithms are needed for the N objects only."""
-        objects = encode(boxes, self.unit)                                                          # [B,N,4]
+        """Each anchor's object as offsets from it, [B,A,4]: `encode(box, anchor)` is a difference,
+        (object - anchor) x scale, if both are encoded from one box of side 1 before, so
+        logarithms are needed for the N objects only."""
+        objects = encode(boxes, self.unit)  # [B,N,4]
         return (objects.gather(1, index[..., None].expand(-1, -1, 4)) - self.places) * self.scales
     def offset_losses(self, offsets, boxes, index):
-        "Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of `boxes [B,N,4]` is its object"
-        return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets), reduction="none").sum(2)
+        """Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of `boxes
+        [B,N,4]` is its object"""
+        return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets),
+                                reduction="none").sum(2)
     def class_losses(self, logits, own):
-        "The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1 for none"
-        yes = (2 * (own >= 0) - 1).to(logits)                                                       # [B,A], -1 where there is no object
-        sign = torch.full_like(logits, -1).scatter_(2, own.clamp(min=0)[..., None], yes[..., None]) # [B,A,C]
+        """The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1
+        for none"""
+        yes = (2 * (own >= 0) - 1).to(logits)  # [B,A], -1 where there is no object
+        # [B,A,C]
+        sign = torch.full_like(logits, -1).scatter_(2, own.clamp(min=0)[..., None], yes[..., None])
         return -_focal(logits, sign, self.alpha, self.gamma).sum(2)
     def hardest(self, losses, matched):
-        "True for the matched anchors and, in each picture, `negatives` times as many backgrounds: the largest losses, ties to the lower anchor, [B,A]"
+        """True for the matched anchors and, in each picture, `negatives` times as many
+        backgrounds: the largest losses, ties to the lower anchor, [B,A]"""
         positive, background = matched >= 0, matched == -1
-        n = torch.minimum(self.negatives * positive.sum(1, keepdim=True), background.sum(1, keepdim=True))       # [B,1]
-        losses = losses.detach().masked_fill(~background, -1)                                       # [B,A]
+        # [B,1]
+        n = torch.minimum(self.negatives * positive.sum(1, keepdim=True),
+                          background.sum(1, keepdim=True))
+        losses = losses.detach().masked_fill(~background, -1)  # [B,A]
         most = int(n.max().clamp(min=1)) if losses.device.type == "cpu" else losses.shape[1]
-        bar = losses.topk(most, 1).values.gather(1, (n - 1).clamp(min=0))                           # [B,1]
-        above, level = losses > bar, losses == bar                                                  # [B,A] [B,A]
+        bar = losses.topk(most, 1).values.gather(1, (n - 1).clamp(min=0))  # [B,1]
+        above, level = losses > bar, losses == bar  # [B,A] [B,A]
         return positive | above | (level & (level.cumsum(1) <= n - above.sum(1, keepdim=True)))
     def parts(self, pred, boxes, labels, difficult=None):
         "The two parts by themselves: boxes, classes"
         offsets, logits = (x if x.dtype == torch.double else x.float() for x in pred)
         if labels.shape[1] == 0:
-            boxes, labels, difficult = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1), None
-        matched = self.assign(self.anchors, boxes, labels, difficult)                               # [B,A]
+            boxes, labels, difficult = (F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1),
+                                        None)
+        matched = self.assign(self.anchors, boxes, labels, difficult)  # [B,A]
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)
-        box_losses = self.box_losses(offsets, boxes, index)                                         # [B,A]
+        box_losses = self.box_losses(offsets, boxes, index)  # [B,A]
         class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, -1))
-        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched > -2       # [B,A]
+        # [B,A]
+        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched > -2
         return (box_losses * positive).sum() / n, (class_losses * counts).sum() / n
     def forward(self, pred, boxes, labels, difficult=None):
         box, classes = self.parts(pred, boxes, labels, difficult)

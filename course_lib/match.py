@@ -16,24 +16,29 @@ from .boxes import pairwise_iou
 def strongest_first(
     overlap: Tensor, # [B,N,A], IoU of every object with every anchor, 0 for padding
 ) -> Tensor:         # [B,A], the object that each anchor is given, -1 for none
-    """Give every object one anchor: the strongest pair first, ties to the lower object, then to the lower anchor.
+    """Give every object one anchor: the strongest pair first, ties to the lower object, then to
+    the lower anchor.
 
-    In rounds: all pairs whose object and anchor are each other's strongest left are settled at once. Off the CPU
-    there are always as many rounds as the worst case needs, so that nothing waits for the device.
+    In rounds: all pairs whose object and anchor are each other's strongest left are settled at
+    once. Off the CPU there are always as many rounds as the worst case needs, so that nothing
+    waits for the device.
     """
     B, N, A = overlap.shape
-    slots, chosen = torch.arange(N, device=overlap.device), overlap.new_full((B, A + 1), -1, dtype=torch.long)
-    left, waiting = F.pad(overlap, (0, 1)), torch.ones_like(overlap[..., 0], dtype=torch.bool)  # [B,N,A+1] [B,N]; column A: no anchor
+    slots, chosen = (torch.arange(N, device=overlap.device),
+                     overlap.new_full((B, A + 1), -1, dtype=torch.long))
+    # [B,N,A+1] [B,N]; column A: no anchor
+    left, waiting = F.pad(overlap, (0, 1)), torch.ones_like(overlap[..., 0], dtype=torch.bool)
     for _ in range(min(N, A)):
-        strongest, a = left.max(2)                                                        # [B,N] [B,N]
+        strongest, a = left.max(2)  # [B,N] [B,N]
         waiting = waiting & (strongest > 0)
-        rivals = left.gather(2, a[:, None].expand(-1, N, -1)) * waiting[..., None]        # [B,N,N], of each object with each one's anchor
+        # [B,N,N], of each object with each one's anchor
+        rivals = left.gather(2, a[:, None].expand(-1, N, -1)) * waiting[..., None]
         wins = waiting & (rivals.argmax(1) == slots)                                      # [B,N]
         settled = a.masked_fill(~wins, A)                                                 # [B,N]
         chosen.scatter_(1, settled, slots.expand(B, -1))
         if overlap.device.type == "cpu" and torch.equal(wins, waiting): break
         waiting = waiting & ~wins
-        left.scatter_(2, settled[:, None].expand(-1, N, -1), 0)                           # these anchors are taken
+        left.scatter_(2, settled[:, None].expand(-1, N, -1), 0)  # these anchors are taken
     return chosen[:, :A]
 
 # %% ../nbs/07_grid.ipynb #4a43f718
@@ -44,28 +49,30 @@ def match(
     labels: Tensor,         # [B,N], their classes; -1 is padding
     difficult: Tensor=None, # [B,N] bool; anchors of difficult objects are ignored
     positive: float=.5,     # from this IoU on an anchor answers for an object
-    negative: float=None,   # below this IoU an anchor is background, and ignored between the two; None: as `positive`
-) -> Tensor:                # [B,A], the index of each anchor's object, -1 for background, -2 for ignored
+    # below this IoU an anchor is background, and ignored between the two; None: as `positive`
+    negative: float=None,
+) -> Tensor:  # [B,A], the index of each anchor's object, -1 for background, -2 for ignored
     """Which object each anchor answers for, for a whole padded batch at once.
 
     1. Every object gets an anchor while one that it overlaps is free: over all pairs of a picture
-       the strongest IoU comes first, ties go to the lower object, then the lower anchor.
+    the strongest IoU comes first, ties go to the lower object, then the lower anchor.
     2. Any other anchor answers for the object it overlaps most (ties: the lower index) from IoU
-       `positive` on, is background below `negative`, and ignored (-2) between.
+    `positive` on, is background below `negative`, and ignored (-2) between.
     3. An anchor that a difficult object has taken by these rules is ignored.
 
-    Rule 1 is `strongest_first`. No loop over pictures or anchors, no shape that depends on the data, no waiting
-    for a GPU. An object that overlaps no free anchor gets none: see `unmatched`. Liu et al., SSD (2016), section 2.2,
-    where two objects with the same best anchor are not provided for; the band between the thresholds
-    is Faster R-CNN's (Ren et al. 2015, 3.1.2). ValueError for shapes that do not fit, or unless
-    0 < negative <= positive <= 1.
+    Rule 1 is `strongest_first`. No loop over pictures or anchors, no shape that depends on the
+    data, no waiting for a GPU. An object that overlaps no free anchor gets none: see
+    `unmatched`. Liu et al., SSD (2016), section 2.2, where two objects with the same best
+    anchor are not provided for; the band between the thresholds is Faster R-CNN's (Ren et al.
+    2015, 3.1.2). ValueError for shapes that do not fit, or unless 0 < negative <= positive <=
+    1.
     """
     negative = positive if negative is None else negative
     _check(anchors, boxes, labels, difficult, positive, negative)
     (B, N), A = labels.shape, len(anchors)
     if N == 0 or A == 0: return torch.full((B, A), -1, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)        # [B,N,A]
-    best, matched = overlap.max(1)                                                        # [B,A] [B,A]
+    best, matched = overlap.max(1)  # [B,A] [B,A]
     matched = matched.masked_fill(best < positive, -2).masked_fill(best < negative, -1)   # [B,A]
     chosen = strongest_first(overlap)                                                     # [B,A]
     matched = torch.where(chosen >= 0, chosen, matched)                                   # [B,A]
@@ -79,12 +86,15 @@ def _check(anchors, boxes, labels, difficult, positive, negative):
     if anchors.ndim != 2 or anchors.shape[-1] != 4:
         raise ValueError(f"match: anchors has shape {list(anchors.shape)}, and [A,4] is needed.")
     if boxes.ndim != 3 or boxes.shape[-1] != 4:
-        raise ValueError(f"match: boxes has shape {list(boxes.shape)}, and a padded batch [B,N,4] is needed. One picture is boxes[None].")
+        raise ValueError(f"match: boxes has shape {list(boxes.shape)}, and a padded batch [B,N,4] "
+                         f"is needed. One picture is boxes[None].")
     for name, x in (("labels", labels), ("difficult", difficult)):
         if x is not None and x.shape != boxes.shape[:2]:
-            raise ValueError(f"match: {name} has shape {list(x.shape)}, and boxes of shape {list(boxes.shape)} need {list(boxes.shape[:2])}.")
+            raise ValueError(f"match: {name} has shape {list(x.shape)}, and boxes of shape "
+                             f"{list(boxes.shape)} need {list(boxes.shape[:2])}.")
     if not 0 < negative <= positive <= 1:
-        raise ValueError(f"match: 0 < negative <= positive <= 1 is needed, not negative={negative}, positive={positive}.")
+        raise ValueError(f"match: 0 < negative <= positive <= 1 is needed, not "
+                         f"negative={negative}, positive={positive}.")
 
 # %% ../nbs/07_grid.ipynb #ece94974
 def unmatched(

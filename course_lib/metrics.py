@@ -18,7 +18,8 @@ def _column(items, what, key, default=None):
     for i, item in enumerate(items):
         if key in item: x = torch.as_tensor(item[key]).detach().cpu()
         elif default is None:
-            raise ValueError(f"{what}[{i}] has no {key!r}, only {', '.join(map(repr, item)) or 'nothing'}.")
+            raise ValueError(f"{what}[{i}] has no {key!r}, only "
+                             f"{', '.join(map(repr, item)) or 'nothing'}.")
         else: x = torch.full((len(item["boxes"]),), default)
         values.append(x.reshape(0, 4) if key == "boxes" and x.numel() == 0 else x)
     return values
@@ -30,20 +31,28 @@ def _flat(items, what, keys, n_classes):
     sizes = [len(boxes) for boxes in columns["boxes"]]
     for key, column in columns.items():
         for i, (n, x) in enumerate(zip(sizes, column)):
-            if x.ndim == (2 if key == "boxes" else 1) and len(x) == n and (key != "boxes" or x.shape[1] == 4): continue
+            if x.ndim == (2 if key == "boxes"
+                          else 1) and len(x) == n and (key != "boxes" or x.shape[1] == 4):
+                continue
             needed = "[n,4]" if key == "boxes" else f"[{n}], one for each of its {n} boxes"
-            raise ValueError(f"{what}[{i}][{key!r}] has shape {list(x.shape)}, and {needed} is needed.")
-    flat = {key: torch.cat(column) if column else torch.zeros(0, 4) if key == "boxes" else torch.zeros(0)
+            raise ValueError(f"{what}[{i}][{key!r}] has shape {list(x.shape)}, and {needed} "
+                             f"is needed.")
+    flat = {key: torch.cat(column) if column else torch.zeros(0, 4) if key == "boxes"
+            else torch.zeros(0)
             for key, column in columns.items()}
     flat["boxes"], flat["labels"] = flat["boxes"].double(), flat["labels"].long()
-    flat["picture"] = torch.repeat_interleave(torch.arange(len(items)), torch.tensor(sizes, dtype=torch.long))
-    checks = {"labels": (flat["labels"] < 0) | (flat["labels"] >= n_classes), "boxes": ~flat["boxes"].isfinite().all(1)}
+    flat["picture"] = torch.repeat_interleave(torch.arange(len(items)),
+                                              torch.tensor(sizes, dtype=torch.long))
+    checks = {"labels": (flat["labels"] < 0) | (flat["labels"] >= n_classes),
+              "boxes": ~flat["boxes"].isfinite().all(1)}
     if "scores" in flat: checks["scores"] = ~flat["scores"].isfinite()
     for key, bad in checks.items():
         if not bad.any(): continue
         row = int(bad.int().argmax())
-        why = f"labels are 0 to {n_classes - 1}" if key == "labels" else "that is not a number to sort or compare"
-        raise ValueError(f"{what}[{int(flat['picture'][row])}][{key!r}] holds {flat[key][row].tolist()}: {why}.")
+        why = (f"labels are 0 to {n_classes - 1}" if key == "labels" else "that is not a number to "
+               "sort or compare")
+        raise ValueError(f"{what}[{int(flat['picture'][row])}][{key!r}] holds "
+                         f"{flat[key][row].tolist()}: {why}.")
     return flat
 
 # %% ../nbs/11_map.ipynb #994d19dc
@@ -62,9 +71,12 @@ def _read(preds, targets, n_classes, coco=False):
 
 # %% ../nbs/11_map.ipynb #7fba0a36
 def _overlaps(a, b, i, j, crowd=None):
-    "IoU of the boxes a[i] with b[j] in double precision; with a crowd: the share of a[i] that lies in it."
-    (ax, ay, aw, ah), (bx, by, bw, bh) = (torch.cat([x[:, :2], x[:, 2:] - x[:, :2]], 1).T.contiguous() for x in (a, b))
-    ax, ay, aw, ah, bx, by, bw, bh = ax[i], ay[i], aw[i], ah[i], bx[j], by[j], bw[j], bh[j]      # [pairs] each
+    """IoU of the boxes a[i] with b[j] in double precision; with a crowd: the share of a[i] that
+    lies in it."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = (torch.cat([x[:, :2], x[:, 2:] - x[:, :2]],
+                                                    1).T.contiguous() for x in (a, b))
+    # [pairs] each
+    ax, ay, aw, ah, bx, by, bw, bh = ax[i], ay[i], aw[i], ah[i], bx[j], by[j], bw[j], bh[j]
     width = (torch.minimum(ax + aw, bx + bw) - torch.maximum(ax, bx)).clamp_(min=0)
     height = (torch.minimum(ay + ah, by + bh) - torch.maximum(ay, by)).clamp_(min=0)
     shared, own = width * height, aw * ah
@@ -74,17 +86,21 @@ def _overlaps(a, b, i, j, crowd=None):
 
 # %% ../nbs/11_map.ipynb #6a84cf38
 def _pairs(a, b, group_a, group_b, least, later=False, crowd=None, at_once=1_000_000):
-    """Pairs of a box in `a` and a box in `b` of the same group whose overlap is at least `least`: i, j, overlap.
+    """Pairs of a box in `a` and a box in `b` of the same group whose overlap is at least `least`:
+    i, j, overlap.
 
-    Sorted by i, best overlap first, ties to the lower j, or to the higher if `later`. `at_once` pairs in memory.
+    Sorted by i, best overlap first, ties to the lower j, or to the higher if `later`. `at_once`
+    pairs in memory.
     """
     order = group_b.argsort(stable=True)
     groups = group_b[order]
-    start, end = torch.searchsorted(groups, group_a), torch.searchsorted(groups, group_a, right=True)
+    start, end = (torch.searchsorted(groups, group_a),
+                  torch.searchsorted(groups, group_a, right=True))
     some = (end > start).nonzero()[:, 0]
     start, n = start[some], (end - start)[some]
     before, parts = n.cumsum(0) - n, []
-    for k in torch.arange(len(some)).split(torch.bincount(before // at_once).tolist() if len(some) else 1):
+    for k in torch.arange(len(some)).split(torch.bincount(before // at_once).tolist() if len(some)
+                                           else 1):
         within = torch.arange(int(n[k].sum())) + before[k[:1]] - before[k].repeat_interleave(n[k])
         i, j = some[k].repeat_interleave(n[k]), order[start[k].repeat_interleave(n[k]) + within]
         overlap = _overlaps(a, b, i, j, crowd)
@@ -106,13 +122,15 @@ def _first(i):
 def _match_voc(found, objects, n_classes, iou):
     """VOC's rule: which detections have an object (rows), and whether they are right or ignored.
 
-    Each detection takes the object of its class and picture that it overlaps most. Right is the first that takes it.
+    Each detection takes the object of its class and picture that it overlaps most. Right is the
+    first that takes it.
     """
     group = [x["picture"] * n_classes + x["labels"] for x in (found, objects)]
     i, j, _ = _pairs(found["boxes"], objects["boxes"], *group, iou)
     best = _first(i)
     i, j = i[best], j[best]
-    first = torch.full((len(objects["boxes"]),), len(found["boxes"])).scatter_reduce_(0, j, i, "amin")
+    first = torch.full((len(objects["boxes"]),),
+                       len(found["boxes"])).scatter_reduce_(0, j, i, "amin")
     ignored = objects["difficult"].bool()[j]
     return i, j, (first[j] == i) & ~ignored, ignored
 
@@ -124,10 +142,12 @@ def _running(x, starts, labels):
 
 # %% ../nbs/11_map.ipynb #8e60222e
 def _precision(found, rows, right, ignored, counts, n_classes):
-    """Detections that are right: their row, variant, how many are right so far in their class, and the precision there.
+    """Detections that are right: their row, variant, how many are right so far in their class, and
+    the precision there.
 
-    rows [R] are detections with an object, right and ignored [R,V] say what became of them in each variant (threshold and
-    range of areas, which change fastest); counts [N,A], by range, whether a detection without an object counts.
+    rows [R] are detections with an object, right and ignored [R,V] say what became of them in
+    each variant (threshold and range of areas, which change fastest); counts [N,A], by range,
+    whether a detection without an object counts.
     """
     labels, starts = found["labels"], torch.searchsorted(found["labels"], torch.arange(n_classes))
     others = counts.clone()
@@ -135,7 +155,8 @@ def _precision(found, rows, right, ignored, counts, n_classes):
     others = _running(others.int(), starts, labels)[rows]                                   # [R,A]
     mine, first = labels[rows], torch.searchsorted(rows, starts)
     hits = _running(right.int(), first, mine)                                               # [R,V]
-    counted = _running((~ignored).int(), first, mine) + others.repeat(1, right.shape[1] // others.shape[1])
+    counted = (_running((~ignored).int(), first, mine)
+               + others.repeat(1, right.shape[1] // others.shape[1]))
     r, v = right.nonzero(as_tuple=True)
     hits = hits[r, v]
     return rows[r], v, hits, hits.double() / counted[r, v].double()
@@ -154,7 +175,9 @@ class Scored:
     "What `mean_ap` returns"
     map: float           # the mean of `ap` over the classes that occur; nan if none does
     ap: Tensor           # [C] average precision of each class; nan where there is nothing to find
-    stats: Tensor=None   # [12] for COCO: AP, AP50, AP75, APsmall, medium, large, AR1, 10, 100, small, medium, large; -1: none
+    # [12] for COCO: AP, AP50, AP75, APsmall, medium, large, AR1, 10, 100, small, medium, large; -1:
+    # none
+    stats: Tensor=None
 
 # %% ../nbs/11_map.ipynb #e939dc8c
 def _mean(x):
@@ -166,12 +189,14 @@ def _voc(preds, targets, n_classes, iou, style):
     "`mean_ap` for the styles area and 11pt."
     found, objects = _read(preds, targets, n_classes)
     rows, _, right, ignored = _match_voc(found, objects, n_classes, iou)
-    n = torch.bincount(objects["labels"][~objects["difficult"].bool()], minlength=n_classes)             # [C]
+    n = torch.bincount(objects["labels"][~objects["difficult"].bool()], minlength=n_classes)  # [C]
     counts = torch.ones(len(found["boxes"]), 1, dtype=torch.bool)
-    row, v, hits, precision = _precision(found, rows, right[:, None], ignored[:, None], counts, n_classes)
+    row, v, hits, precision = _precision(found, rows, right[:, None], ignored[:, None], counts,
+                                         n_classes)
     label = found["labels"][row]
-    level, levels = (10 * hits // n[label], 11) if style == "11pt" else (hits - 1, max(int(n.max()), 1))
-    table = _envelope(label, v, level, precision, (n_classes, levels, 1))[..., 0]                      # [C,levels]
+    level, levels = ((10 * hits // n[label], 11) if style == "11pt"
+                     else (hits - 1, max(int(n.max()), 1)))
+    table = _envelope(label, v, level, precision, (n_classes, levels, 1))[..., 0]  # [C,levels]
     ap = table.mean(1) if style == "11pt" else table.sum(1) / n
     ap = ap.masked_fill(n == 0, float("nan"))
     return Scored(_mean(ap), ap)
@@ -186,36 +211,41 @@ def _rank(groups):
 
 # %% ../nbs/11_map.ipynb #8aa578ff
 def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
-    """COCO's rule for the pairs of `_pairs`: 2 for a detection that is right, 1 where its object is ignored, 0 for none: rows [R], [R,T,A].
+    """COCO's rule for the pairs of `_pairs`: 2 for a detection that is right, 1 where its object
+    is ignored, 0 for none: rows [R], [R,T,A].
 
-    Best score first, each detection takes the object it overlaps most of those still free, real ones before ignored ones;
-    a crowd is always free. All thresholds and ranges of areas at once, and all pictures and classes: a step does the first detections
-    of every group, the next one the second ones.
+    Best score first, each detection takes the object it overlaps most of those still free, real
+    ones before ignored ones; a crowd is always free. All thresholds and ranges of areas at
+    once, and all pictures and classes: a step does the first detections of every group, the
+    next one the second ones.
     """
     T, A, G = len(thresholds), ignore.shape[1], len(crowd)
     rows, row = i.unique_consecutive(return_inverse=True)
     slot, R = _rank(row), len(rows)
     objects = torch.full((R, int(slot.max()) + 1 if R else 1), G)
     near = torch.zeros(objects.shape, dtype=torch.double)
-    objects[row, slot], near[row, slot] = j, overlap                                        # [R,S] best first
+    objects[row, slot], near[row, slot] = j, overlap  # [R,S] best first
     ignore = torch.cat([ignore, ignore.new_zeros(1, A)])
     crowd = torch.cat([crowd, crowd.new_zeros(1)])
     taken = torch.zeros(G + 1, T, A, dtype=torch.bool)
     taken[G] = True
-    result, t, a = torch.zeros(R, T, A, dtype=torch.uint8), torch.arange(T)[:, None], torch.arange(A)
+    result, t, a = (torch.zeros(R, T, A, dtype=torch.uint8), torch.arange(T)[:, None],
+                    torch.arange(A))
     rank = _rank(group[rows])
     for r in rank.argsort(stable=True).split(torch.bincount(rank).tolist() if R else 1):
         o = objects[r]                                                                      # [n,S]
-        free = (near[r][..., None] >= thresholds)[..., None] & ~taken[o]                    # [n,S,T,A]
+        free = (near[r][..., None] >= thresholds)[..., None] & ~taken[o]  # [n,S,T,A]
         value, choice = (free.to(torch.uint8) * (2 - ignore[o].to(torch.uint8))[:, :, None]).max(1)
-        choice = o.gather(1, choice.flatten(1)).view(choice.shape).masked_fill(value == 0, G)     # [n,T,A]
+        # [n,T,A]
+        choice = o.gather(1, choice.flatten(1)).view(choice.shape).masked_fill(value == 0, G)
         taken[choice, t, a] = ~crowd[choice]
         result[r] = value
     return rows, result
 
 # %% ../nbs/11_map.ipynb #16c14626
 _THRESHOLDS, _LEVELS = (torch.from_numpy(np.linspace(*x)) for x in ((.5, .95, 10), (0, 1, 101)))
-_RANGES = torch.tensor([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]], dtype=torch.double)
+_RANGES = torch.tensor([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]],
+                       dtype=torch.double)
 
 def _outside(area):
     "Which areas [n] lie outside COCO's four ranges: all, small, medium, large, [n,4]"
@@ -223,18 +253,23 @@ def _outside(area):
 
 # %% ../nbs/11_map.ipynb #8cc9b0af
 def _coco_stats(found, rank, rows, right, ignored, counts, n):
-    "AP of each class and the twelve numbers, from what became of the detections `rows`: right, ignored [R,T,A]; n [C,A] objects."
+    """AP of each class and the twelve numbers, from what became of the detections `rows`: right,
+    ignored [R,T,A]; n [C,A] objects."""
     (R, T, A), C = right.shape, len(n)
-    row, v, hits, precision = _precision(found, rows, right.flatten(1), ignored.flatten(1), counts, C)
+    row, v, hits, precision = _precision(found, rows, right.flatten(1), ignored.flatten(1), counts,
+                                         C)
     label = found["labels"][row]
     level = torch.searchsorted(_LEVELS, hits / n[label, v % A], right=True) - 1
     ap = _envelope(label, v, level, precision, (C, len(_LEVELS), T * A)).mean(1).view(C, T, A)
-    ap = ap.masked_fill(n[:, None] == 0, float("nan"))                                      # [C,T,A]
-    first = torch.stack([right & (rank[rows] < most)[:, None, None] for most in (1, 10, 100)], -1).double()
-    recall = first.new_zeros(C, T, A, 3).index_add_(0, found["labels"][rows], first) / n[:, None, :, None]
+    ap = ap.masked_fill(n[:, None] == 0, float("nan"))  # [C,T,A]
+    first = torch.stack([right & (rank[rows] < most)[:, None, None] for most in (1, 10, 100)],
+                        -1).double()
+    recall = (first.new_zeros(C, T, A, 3).index_add_(0, found["labels"][rows], first)
+              / n[:, None, :, None])
     parts = [ap[..., 0], ap[:, 0, 0], ap[:, 5, 0], *ap[..., 1:].unbind(2),
              *recall[:, :, 0].unbind(2), *recall[:, :, 1:, 2].unbind(2)]
-    return ap[..., 0].mean(1), torch.tensor([_mean(x) for x in parts], dtype=torch.double).nan_to_num(-1)
+    return (ap[..., 0].mean(1), torch.tensor([_mean(x) for x in parts],
+                                             dtype=torch.double).nan_to_num(-1))
 
 # %% ../nbs/11_map.ipynb #42dcc624
 def _coco(preds, targets, n_classes):
@@ -246,36 +281,42 @@ def _coco(preds, targets, n_classes):
     group = [x["picture"] * n_classes + x["labels"] for x in (found, objects)]
     area, own = ((x["boxes"][:, 2:] - x["boxes"][:, :2]).prod(1) for x in (found, objects))
     own = torch.where(objects["area"].isnan(), own, objects["area"].double())
-    crowd, outside = objects["iscrowd"].bool(), _outside(area)                              # [G] [N,A]
+    crowd, outside = objects["iscrowd"].bool(), _outside(area)  # [G] [N,A]
     ignore = _outside(own) | crowd[:, None]                                                 # [G,A]
     pairs = _pairs(found["boxes"], objects["boxes"], *group, .5, later=True, crowd=crowd)
-    rows, value = _match_coco(*pairs, group[0], ignore, crowd, _THRESHOLDS)                 # [R] [R,T,A]
+    rows, value = _match_coco(*pairs, group[0], ignore, crowd, _THRESHOLDS)  # [R] [R,T,A]
     ignored = (value == 1) | ((value == 0) & outside[rows][:, None])
-    n = torch.zeros(n_classes, len(_RANGES), dtype=torch.double).index_add_(0, objects["labels"], (~ignore).double())
+    n = torch.zeros(n_classes, len(_RANGES),
+                    dtype=torch.double).index_add_(0, objects["labels"], (~ignore).double())
     ap, stats = _coco_stats(found, rank, rows, value == 2, ignored, ~outside, n)
     return Scored(_mean(ap), ap, stats)
 
 # %% ../nbs/11_map.ipynb #1391621c
 def mean_ap(
     preds,           # a dict for each picture: boxes [n,4] (x0, y0, x1, y1), scores [n], labels [n]
-    targets,         # a dict for each picture: boxes [n,4], labels [n], and where wanted difficult, iscrowd, area, [n] each
+    # a dict for each picture: boxes [n,4], labels [n], and where wanted difficult, iscrowd, area,
+    # [n] each
+    targets,
     n_classes,       # C; labels are 0 to C-1
-    iou=.5,          # an overlap of at least this finds an object; "coco" has its own ten thresholds
+    iou=.5,  # an overlap of at least this finds an object; "coco" has its own ten thresholds
     style="area",    # "area" (VOC from 2010), "11pt" (VOC 2007) or "coco"
 ): # a `Scored`: `.map`, `.ap [C]` and, for "coco", `.stats [12]`
     """Mean average precision.
 
-    "area", "11pt": the rule of the VOC devkit (VOCevaldet.m), with continuous pixels: IoU >= `iou` (some ports have >);
-    `difficult` objects are neither to be found nor wrong; other keys are not looked at. "coco": the numbers of
-    pycocotools, with `iscrowd`, and with `area` (without it, the box's); `difficult` is not looked at, as COCO knows
-    none: pass it as `iscrowd` to leave such objects out. Equal scores keep their order: that of the pictures, and that
-    in a picture. Tensors on any device, or arrays. ValueError for lists or tensors of unequal lengths, labels outside
-    0..C-1, boxes or scores that are not finite, an unknown style.
+    "area", "11pt": the rule of the VOC devkit (VOCevaldet.m), with continuous pixels: IoU >=
+    `iou` (some ports have >); `difficult` objects are neither to be found nor wrong; other keys
+    are not looked at. "coco": the numbers of pycocotools, with `iscrowd`, and with `area`
+    (without it, the box's); `difficult` is not looked at, as COCO knows none: pass it as
+    `iscrowd` to leave such objects out. Equal scores keep their order: that of the pictures,
+    and that in a picture. Tensors on any device, or arrays. ValueError for lists or tensors of
+    unequal lengths, labels outside 0..C-1, boxes or scores that are not finite, an unknown
+    style.
     """
     if style not in ("area", "11pt", "coco"):
         raise ValueError(f"mean_ap: unknown style {style!r}. Use 'area', '11pt' or 'coco'.")
     if not 0 < iou <= 1: raise ValueError(f"mean_ap: 0 < iou <= 1 is needed, not {iou}.")
-    return _coco(preds, targets, n_classes) if style == "coco" else _voc(preds, targets, n_classes, iou, style)
+    return (_coco(preds, targets, n_classes) if style == "coco"
+            else _voc(preds, targets, n_classes, iou, style))
 
 # %% ../nbs/11_map.ipynb #f1bc9b97
 @dataclass
@@ -293,22 +334,26 @@ def precision_recall(
     label,       # the class, 0 to C-1
     iou=.5,      # an overlap of at least this finds an object
 ): # a `Curve`
-    "Precision and recall of one class as the score falls, by VOC's rule; recall is nan where there is nothing to find."
+    """Precision and recall of one class as the score falls, by VOC's rule; recall is nan where
+    there is nothing to find."""
     found, objects = _read(preds, targets, n_classes)
     rows, _, right, ignored = _match_voc(found, objects, n_classes, iou)
     hit, counts = torch.zeros(len(found["boxes"]), dtype=torch.bool), found["labels"] == label
     hit[rows], counts[rows] = right, counts[rows] & ~ignored
     hits = hit[counts].cumsum(0).double()
     n = ((objects["labels"] == label) & ~objects["difficult"].bool()).sum()
-    return Curve(found["scores"][counts], hits / torch.arange(1, len(hits) + 1), hits / (n if n else float("nan")))
+    return Curve(found["scores"][counts], hits / torch.arange(1, len(hits) + 1),
+                 hits / (n if n else float("nan")))
 
 # %% ../nbs/11_map.ipynb #ed6cd307
 KINDS = ("right", "ignored", "localisation", "class", "duplicate", "background", "both")
 
 # %% ../nbs/11_map.ipynb #9714af3b
 def _nearest(found, objects, low):
-    "The largest overlap, from `low` on, of each detection with an object of another class, and of its own: overlaps [2,N], which [2,N]."
-    i, j, overlap = _pairs(found["boxes"], objects["boxes"], found["picture"], objects["picture"], low)
+    """The largest overlap, from `low` on, of each detection with an object of another class, and
+    of its own: overlaps [2,N], which [2,N]."""
+    i, j, overlap = _pairs(found["boxes"], objects["boxes"], found["picture"], objects["picture"],
+                           low)
     same, N = found["labels"][i] == objects["labels"][j], len(found["boxes"])
     best, which = torch.zeros(2, N, dtype=torch.double), torch.full((2, N), -1)
     for row, of in enumerate((~same, same)):
@@ -323,20 +368,27 @@ def error_kinds(
     n_classes,  # C
     iou=.5,     # an overlap of at least this finds an object
     low=.1,     # an overlap below this is none
-): # a dict for each picture: kind [n] (a place in `KINDS`) and object [n] (which one of the picture's; -1: none)
+# a dict for each picture: kind [n] (a place in `KINDS`) and object [n] (which one of the picture's;
+# -1: none)
+):
    # of each detection, missed [m] of each object
     """Why each detection is wrong, and which objects nobody found.
 
-    The first that fits: right or ignored, by VOC's rule; localisation (the class is right, the overlap `low` to `iou`), class (a wrong
-    class, the overlap at least `iou`), duplicate (the object is taken), background (no overlap from `low` on), both (a wrong class and a
-    poor overlap). Missed: not found, not difficult, and not the object of a localisation or class error. Bolya et al., TIDE (2020), section 2.2.
+    The first that fits: right or ignored, by VOC's rule; localisation (the class is right, the
+    overlap `low` to `iou`), class (a wrong class, the overlap at least `iou`), duplicate (the
+    object is taken), background (no overlap from `low` on), both (a wrong class and a poor
+    overlap). Missed: not found, not difficult, and not the object of a localisation or class
+    error. Bolya et al., TIDE (2020), section 2.2.
     """
-    if not 0 < low < iou: raise ValueError(f"error_kinds: 0 < low < iou is needed, not low={low}, iou={iou}.")
+    if not 0 < low < iou:
+        raise ValueError(f"error_kinds: 0 < low < iou is needed, not low={low}, iou={iou}.")
     found, objects = _read(preds, targets, n_classes)
     rows, taken, right, ignored = _match_voc(found, objects, n_classes, iou)
     (other, mine), which = _nearest(found, objects, low)
-    kind, about = torch.full_like(which[0], KINDS.index("background")), torch.full_like(which[0], -1)
-    for name, fits, s in (("both", other >= low, 0), ("duplicate", mine >= iou, 1), ("class", other >= iou, 0),
+    kind, about = (torch.full_like(which[0], KINDS.index("background")),
+                   torch.full_like(which[0], -1))
+    for name, fits, s in (("both", other >= low, 0), ("duplicate", mine >= iou, 1),
+                          ("class", other >= iou, 0),
                           ("localisation", (mine >= low) & (mine < iou), 1)):
         kind[fits], about[fits] = KINDS.index(name), which[s][fits]
     done = right | ignored
@@ -346,5 +398,6 @@ def error_kinds(
     sizes = [torch.bincount(x["picture"], minlength=len(preds)) for x in (found, objects)]
     about = torch.where(about < 0, -1, about - (sizes[1].cumsum(0) - sizes[1])[found["picture"]])
     back = found["row"].argsort()
-    parts = kind[back].split(sizes[0].tolist()), about[back].split(sizes[0].tolist()), missed.split(sizes[1].tolist())
+    parts = (kind[back].split(sizes[0].tolist()), about[back].split(sizes[0].tolist()),
+             missed.split(sizes[1].tolist()))
     return [dict(kind=k, object=o, missed=m) for k, o, m in zip(*parts)]

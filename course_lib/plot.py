@@ -30,8 +30,10 @@ def to_array(image) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim == 2: image = image[..., None]
     if image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise ValueError(f"image: shape {tuple(image.shape)} is not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
-    if image.dtype != np.uint8: image = (np.nan_to_num(image.astype(float)).clip(0, 1) * 255).round().astype(np.uint8)
+        raise ValueError(f"image: shape {tuple(image.shape)} is not one picture. Pass [H,W,3] or a "
+                         f"[3,H,W] tensor.")
+    if image.dtype != np.uint8:
+        image = (np.nan_to_num(image.astype(float)).clip(0, 1) * 255).round().astype(np.uint8)
     return image.repeat(3, axis=2) if image.shape[2] == 1 else image
 
 # %% ../nbs/01b_plot.ipynb #e3e88932
@@ -42,7 +44,8 @@ def _title(ax, title):
 
 # %% ../nbs/01b_plot.ipynb #6fbd0a55
 def show_image(
-    image,              # a path, a `Record`, a PIL picture, a [H,W,3] array, or a [3,H,W] tensor (uint8, or float 0..1)
+    # a path, a `Record`, a PIL picture, a [H,W,3] array, or a [3,H,W] tensor (uint8, or float 0..1)
+    image,
     ax=None,            # matplotlib axes to draw on; None makes a new figure
     title=None,         # a line above the picture
     size=4,             # inches of the longer side of a new figure
@@ -53,7 +56,8 @@ def show_image(
     pixels = to_array(image)
     height, width = pixels.shape[:2]
     if ax is None:
-        wide, high, top = size * width / max(width, height), size * height / max(width, height), .4 if title else 0
+        wide, high, top = (size * width / max(width, height), size * height / max(width, height),
+                           .4 if title else 0)
         ax = plt.figure(figsize=(wide, high + top)).add_axes((0, 0, 1, high / (high + top)))
     ax.imshow(pixels, extent=(0, width, height, 0))
     ax.set_axis_off()
@@ -71,19 +75,24 @@ def _ink(color):
 
 # %% ../nbs/01b_plot.ipynb #db9e222e
 def _scale(ax):
-    "How large lines and letters should be on these axes: 1 from 4 inches of width on, less on smaller ones."
+    """How large lines and letters should be on these axes: 1 from 4 inches of width on, less on
+    smaller ones."""
     return min(max(ax.get_window_extent().width / ax.figure.dpi / 4, .75), 1)
 
 def _tag(ax, box, text, color):
-    "A filled tag above a box's upper left corner or, where that leaves the picture, below the box or moved inside."
-    tag = ax.text(box[0], box[1], text, va="bottom", fontsize=9 * _scale(ax), color=_ink(color), clip_on=True,
+    """A filled tag above a box's upper left corner or, where that leaves the picture, below the
+    box or moved inside."""
+    tag = ax.text(box[0], box[1], text, va="bottom", fontsize=9 * _scale(ax), color=_ink(color),
+                  clip_on=True,
                   bbox=dict(facecolor=color, edgecolor="black", linewidth=.8, pad=1.5))
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     extent = tag.get_window_extent().padded(ax.figure.dpi / 24)
-    (x0, y1), (x1, y0) = ax.transData.inverted().transform([(extent.x0, extent.y0), (extent.x1, extent.y1)])
+    (x0, y1), (x1, y0) = ax.transData.inverted().transform([(extent.x0, extent.y0),
+                                                            (extent.x1, extent.y1)])
     height, small = y1 - y0, box[3] - box[1] < 2 * (y1 - y0)
     tag.set_x(max(box[0] - max(x1 - right, 0), left + box[0] - x0))
-    if y0 < top: tag.set_y(box[3] + height if small and box[3] + height < bottom else box[1] + top - y0)
+    if y0 < top:
+        tag.set_y(box[3] + height if small and box[3] + height < bottom else box[1] + top - y0)
     if y1 > bottom: tag.set_y(box[1] - (y1 - bottom))
     return tag
 
@@ -95,14 +104,21 @@ def _captions(n, labels, classes, scores, difficult):
             raise ValueError(f"{name}: {len(given)} for {n} boxes. Pass one for each box.")
     keys = [0] * n if labels is None else [x if isinstance(x, str) else int(x) for x in labels]
     known = sorted({k for k in keys if isinstance(k, str)}) if classes is None else list(classes)
-    ids = [k if not isinstance(k, str) else known.index(k) if k in known else len(known) for k in keys]
-    nameless = [k for k in keys if classes is not None and not isinstance(k, str) and k >= len(known)]
+    ids = [k if not isinstance(k, str) else known.index(k) if k in known else len(known)
+           for k in keys]
+    nameless = [k for k in keys if classes is not None and not isinstance(k, str)
+                and k >= len(known)]
     if nameless:
-        raise ValueError(f"labels: {nameless[0]} has no name: {len(known)} classes have ids from 0 to {len(known) - 1}.")
-    written = lambda key: key if isinstance(key, str) else str(key) if classes is None or key < 0 else known[key]
+        raise ValueError(f"labels: {nameless[0]} has no name: {len(known)} classes have ids from 0 "
+                         f"to {len(known) - 1}.")
+    def written(key):
+        if isinstance(key, str): return key
+        return str(key) if classes is None or key < 0 else known[key]
     names = [""] * n if labels is None else [written(key) for key in keys]
-    if difficult is not None: names = [name + "?" * bool(hard) for name, hard in zip(names, difficult)]
-    if scores is not None: names = [f"{name} {float(score):.2f}".strip() for name, score in zip(names, scores)]
+    if difficult is not None:
+        names = [name + "?" * bool(hard) for name, hard in zip(names, difficult)]
+    if scores is not None:
+        names = [f"{name} {float(score):.2f}".strip() for name, score in zip(names, scores)]
     return names, ids
 
 # %% ../nbs/01b_plot.ipynb #77c1f1e4
@@ -111,8 +127,8 @@ def _rectangle(ax, box, color, dashed):
     (left, right), (bottom, top), (x0, y0, x1, y1) = sorted(ax.get_xlim()), ax.get_ylim(), box
     inside = left <= x0 and x1 <= right and min(top, bottom) <= y0 and y1 <= max(top, bottom)
     for line, width, style in (("black", 3.5, "-"), (color, 1.6, (0, (4, 2)) if dashed else "-")):
-        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=line, linewidth=width * _scale(ax),
-                               linestyle=style, clip_on=not inside))
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=line,
+                               linewidth=width * _scale(ax), linestyle=style, clip_on=not inside))
 
 # %% ../nbs/01b_plot.ipynb #34bab06e
 def show_boxes(
@@ -124,14 +140,15 @@ def show_boxes(
     difficult=None,     # [n] bools: those boxes are dashed, and their name gets a "?"
     ax=None,            # matplotlib axes to draw on; None makes a new figure
     title=None,         # a line above the picture
-    colors=None,        # one colour, or one for each box; None takes one for each class from PALETTE
+    colors=None,  # one colour, or one for each box; None takes one for each class from PALETTE
     dashed=False,       # dash all the boxes, to tell predictions from truth
     size=4,             # inches of the longer side of a new figure
 ):
     """Draw boxes that stay legible on any background, and return the matplotlib axes.
 
-    A bright line lies on a wider dark one; names stand on filled tags that stay inside the picture.
-    ValueError if there is nothing to draw on, or if labels, scores or difficult do not fit the boxes."""
+    A bright line lies on a wider dark one; names stand on filled tags that stay inside the
+    picture. ValueError if there is nothing to draw on, or if labels, scores or difficult do not
+    fit the boxes."""
     if image is None and ax is None:
         raise ValueError("image: it is None and so is ax. Pass a picture, or the axes to draw on.")
     if image is not None: ax = show_image(image, ax, size=size)
@@ -142,7 +159,9 @@ def show_boxes(
     if colors is None: colors = [PALETTE[i % len(PALETTE)] for i in ids]
     if isinstance(colors, str): colors = [colors] * len(boxes)
     drawn = [i for i in range(len(boxes)) if ids[i] >= 0]
-    for i in drawn: _rectangle(ax, boxes[i], colors[i], dashed or (difficult is not None and bool(difficult[i])))
+    for i in drawn:
+        _rectangle(ax, boxes[i], colors[i],
+                   dashed or (difficult is not None and bool(difficult[i])))
     for i in drawn:
         if names[i]: _tag(ax, boxes[i], names[i], colors[i])
     return ax
@@ -159,7 +178,8 @@ def show_grid(
     cols = min(cols, len(records))
     rows = -(-len(records) // cols)
     fig, axes = plt.subplots(rows, cols, figsize=(cols * size, rows * size), squeeze=False,
-                             gridspec_kw=dict(left=.01, right=.99, bottom=.01, top=.99, wspace=.04, hspace=.04))
+                             gridspec_kw=dict(left=.01, right=.99, bottom=.01, top=.99, wspace=.04,
+                                              hspace=.04))
     for ax in axes.flat: ax.set_axis_off()
     for ax, record in zip(axes.flat, records):
         show_boxes(record, record.boxes, record.labels, classes, difficult=record.difficult, ax=ax)

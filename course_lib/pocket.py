@@ -57,7 +57,8 @@ def oval(
 ) -> str: # The `d` of an SVG path
     "An ellipse."
     ry = rx if ry is None else ry
-    return path("M", x - rx, y, "a", rx, ry, 0, "1 0", 2 * rx, 0, "a", rx, ry, 0, "1 0", -2 * rx, 0, "Z")
+    return path("M", x - rx, y, "a", rx, ry, 0, "1 0", 2 * rx, 0, "a", rx, ry, 0, "1 0", -2 * rx, 0,
+                "Z")
 
 
 def poly(
@@ -85,7 +86,8 @@ def raster(
 ) -> np.ndarray: # [height, width, 4], 0..255, the last channel is opacity
     "Pixels of an SVG fragment."
     head = f'viewBox="{path(*view)}" preserveAspectRatio="none" width="{width}" height="{height}"'
-    png = resvg_py.svg_to_bytes(svg_string=f'<svg xmlns="http://www.w3.org/2000/svg" {head}>{art}</svg>',
+    png = resvg_py.svg_to_bytes(svg_string=f'<svg xmlns="http://www.w3.org/2000/svg" '
+                                f'{head}>{art}</svg>',
                                 width=width, height=height, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
@@ -170,9 +172,10 @@ def pattern(
         spots = (0.25, 0.3), (0.72, 0.22), (0.35, 0.75), (0.78, 0.7)
         d = "".join(dice.blob(wide * x, high * y, dice.u(7, 13)) for x, y in spots)
     if kind == "belly": wide, high, d = 240, 240, "M0 130H240V240H0Z"
-    return (f'<pattern id="coat" patternUnits="userSpaceOnUse" x="-70" y="-70" width="{wide:.2f}" height="{high:.2f}" '
-            f'patternTransform="rotate({turn:.1f} 50 50)"><path d="M-1 -1H250V250H-1Z" fill="{main}"/>'
-            f'<path d="{d}" fill="{colour}" opacity="{dice.u(0.6, 0.95):.2f}"/></pattern>')
+    return (f'<pattern id="coat" patternUnits="userSpaceOnUse" x="-70" y="-70" width="{wide:.2f}" '
+            f'height="{high:.2f}" patternTransform="rotate({turn:.1f} 50 50)"><path d="M-1 '
+            f'-1H250V250H-1Z" fill="{main}"/><path d="{d}" fill="{colour}" '
+            f'opacity="{dice.u(0.6, 0.95):.2f}"/></pattern>')
 
 # %% ../nbs/90_pocket.ipynb #5f872dce
 class Kit(Dice):
@@ -183,9 +186,11 @@ class Kit(Dice):
         super().__init__(rng)
         self.shapes, colours = [], PALETTES[rng.integers(len(PALETTES))]
         self.a, self.b, self.c = (colours[i] for i in rng.permutation(len(colours))[:3])
-        self.ink, self.pale = mix(self.a, NIGHT, self.u(0.72, 0.9)), mix(self.b, PAPER, self.u(0.65, 0.9))
+        self.ink, self.pale = (mix(self.a, NIGHT, self.u(0.72, 0.9)),
+                               mix(self.b, PAPER, self.u(0.65, 0.9)))
         self.deep = mix(self.a, NIGHT, self.u(0.18, 0.3))
-        self.edge, self.edge_colour = self.u(0.7, 2.1) * self.chance(0.55), self.ink if self.chance(0.6) else PAPER
+        self.edge, self.edge_colour = (self.u(0.7, 2.1) * self.chance(0.55),
+                                       self.ink if self.chance(0.6) else PAPER)
         self.pattern = pattern(self, self.a, self.pick(self.b, self.c, self.pale))
 
     def coat(self, d): self.shapes.append((d, "url(#coat)" if self.pattern else self.a, 0))
@@ -195,9 +200,11 @@ class Kit(Dice):
     def svg(self):
         "Everything drawn so far, as an SVG fragment."
         pen = 'fill="none" stroke-linecap="round" stroke-linejoin="round"'
-        stroke = lambda d, colour, width: f'<path d="{d}" stroke="{colour}" stroke-width="{width:.2f}" {pen}/>'
+        stroke = (lambda d, colour, width: f'<path d="{d}" stroke="{colour}" '
+                  f'stroke-width="{width:.2f}" {pen}/>')
         filled = "".join(d for d, _, width in self.shapes if not width)
-        rims = [(filled, 0)] + [(d, width) for d, _, width in self.shapes if width] if self.edge else []
+        rims = ([(filled, 0)] + [(d, width) for d, _, width in self.shapes if width] if self.edge
+                else [])
         outline = [stroke(d, self.edge_colour, width + 2 * self.edge) for d, width in rims]
         inside = [stroke(d, colour, width) if width else f'<path d="{d}" fill="{colour}"/>'
                   for d, colour, width in self.shapes]
@@ -232,8 +239,8 @@ def cut_out(
     "One object on transparent ground, tilted and stretched a little, as large as asked for."
     art, mirrored = draw(rng), bool(rng.random() < 0.5)
     tilt, wide, tall = rng.normal(0, 6), *rng.uniform(0.9, 1.1, 2)
-    art = (f'<g transform="translate(50 50) rotate({tilt:.2f}) scale({-wide if mirrored else wide:.3f} {tall:.3f}) '
-           f'translate(-50 -50)">{art}</g>')
+    art = (f'<g transform="translate(50 50) rotate({tilt:.2f}) '
+           f'scale({-wide if mirrored else wide:.3f} {tall:.3f}) translate(-50 -50)">{art}</g>')
     coarse = raster(art, (-30, -30, 160, 160), 40, 40)[..., 3] > 0
     x0, y0, x1, y1 = (4 * v - 30 for v in extent(coarse))
     zoom = side / max(x1 - x0, y1 - y0, 1)
@@ -247,7 +254,8 @@ def soft(
     radius: float, # Pixels
 ) -> np.ndarray: # [H,W], 0..1
     "A mask, blurred."
-    return np.asarray(Image.fromarray(np.uint8(mask * 255)).filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    return np.asarray(Image.fromarray(np.uint8(mask * 255)).filter(
+        ImageFilter.GaussianBlur(radius)), np.float32) / 255
 
 
 def noise(
@@ -257,7 +265,8 @@ def noise(
 ) -> np.ndarray: # [size,size], about -1..1
     "Smooth noise: a small grid of random numbers, enlarged."
     grid = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC) if cells != size else grid)
+    return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC) if cells != size
+                      else grid)
 
 # %% ../nbs/90_pocket.ipynb #a36786a1
 def paste(
@@ -282,7 +291,8 @@ def paste(
     canvas[:, i, j] *= 1 - shadow * np.float32([0.84, 0.86, 0.76])[:, None, None]
     ramp = (np.linspace(0.09, -0.12, h, dtype=np.float32)[p, None]
             - np.linspace(-0.06, 0.06, w, dtype=np.float32)[q] * np.sign(dx))
-    colours = np.pad(layer[..., :3].transpose(2, 0, 1).astype(np.float32) / 255, ((0, 0), (m, m), (m, m)))[:, p, q]
+    colours = np.pad(layer[..., :3].transpose(2, 0, 1).astype(np.float32) / 255,
+                     ((0, 0), (m, m), (m, m)))[:, p, q]
     colours = colours * ((1 + grain[i, j] + ramp) * (1 - 0.34 * lit[p, q])) - 0.06 * lit[p, q]
     canvas[:, i, j] += alpha[p, q] * (colours - canvas[:, i, j])
 
@@ -290,16 +300,19 @@ def paste(
 def draw_bicycle(rng) -> str:
     "A bicycle: two rings, a frame of thin tubes, handlebars and a saddle."
     k = Kit(rng)
-    front, rear, tyre, tube, spokes = k.u(18, 25), k.u(18, 24), k.u(2.2, 4), k.u(2.4, 4.2), int(k.u(3, 7))
+    front, rear, tyre, tube, spokes = (k.u(18, 25), k.u(18, 24), k.u(2.2, 4), k.u(2.4, 4.2),
+                                       int(k.u(3, 7)))
     f, b, pedal = (k.u(21, 25), 90 - front), (k.u(74, 78), 90 - rear), (k.u(46, 51), k.u(68, 73))
     seat, bar, step = (k.u(57, 62), k.u(36, 44)), (k.u(31, 35), k.u(32, 40)), k.u(0, 24)
     for (x, y), r in (f, front), (b, rear):
         ends = [(r * np.cos(t), r * np.sin(t)) for t in np.arange(spokes) * np.pi / spokes]
-        k.line("".join(path("M", x - dx, y - dy, "L", x + dx, y + dy) for dx, dy in ends), 0.6, mix(k.ink, k.pale, 0.5))
+        k.line("".join(path("M", x - dx, y - dy, "L", x + dx, y + dy) for dx, dy in ends), 0.6,
+               mix(k.ink, k.pale, 0.5))
         k.line(oval(x, y, r), tyre, k.pick(k.ink, k.deep, k.b))
         k.fill(oval(x, y, 2.6), k.c)
     low = np.array(bar) + (np.array(pedal) - bar) * (0.15 + 0.01 * step)
-    tubes = [(b, pedal), (b, seat), (seat, pedal), (pedal, low), (low, seat if step < 14 else pedal), (bar, f)]
+    tubes = [(b, pedal), (b, seat), (seat, pedal), (pedal, low),
+             (low, seat if step < 14 else pedal), (bar, f)]
     k.line("".join(path("M", *one, "L", *other) for one, other in tubes), tube, k.a)
     k.line(path("M", *seat, "l 1 -5"), tube * 0.8, k.ink)
     k.fill(curve(around(*seat, 1, (-9, -6), (4, -9), (10, -8), (8, -4))), k.deep)
@@ -314,25 +327,30 @@ def draw_bicycle(rng) -> str:
 def draw_car(rng) -> str:
     "A car from the side: saloon, estate or van, two wheels."
     k = Kit(rng)
-    hood, roof, back, wheel, belt = k.u(12, 36), k.u(22, 36), k.u(80, 98), k.u(8.5, 12.5), k.u(48, 53)
+    hood, roof, back, wheel, belt = (k.u(12, 36), k.u(22, 36), k.u(80, 98), k.u(8.5, 12.5),
+                                     k.u(48, 53))
     rear = max(k.pick(100, back), back + 1)
     if k.chance(0.25):
         k.fill(poly((45, roof - 9), (70, roof - 9), (70, roof + 2), (45, roof + 2)), k.c)
         k.line(path("M", 40, roof - 0.5, "H", 76), 1.6, k.ink)
-    k.coat(path("M", 2, 70, "Q", 1, belt + 5, 8, belt + 2, "L", hood, belt - 2, "Q", hood + 8, roof, hood + 20, roof,
-                "H", back - 14, "Q", back - 2, roof, back, belt - 2,
+    k.coat(path("M", 2, 70, "Q", 1, belt + 5, 8, belt + 2, "L", hood, belt - 2, "Q", hood + 8, roof,
+                hood + 20, roof, "H", back - 14, "Q", back - 2, roof, back, belt - 2,
                 "Q", rear, belt, 99, belt + 8, "V 71 Q 99 76 93 76 L 8 76 Q 2 76 2 70 Z"))
     k.line("M4 72.5L97 72.5", 3, mix(k.a, NIGHT, 0.35))
     glass, top, left, right = mix(k.pale, "#bcd9e6", 0.4), roof + 4.5, hood + 5, back - 5
     middle = left + (right - left) * k.u(0.42, 0.62)
-    k.fill(path("M", left, belt, "Q", left + 6, top, left + 14, top, "H", middle - 1.5, "V", belt, "Z"), glass)
-    k.fill(path("M", middle + 1.5, belt, "V", top, "H", back - 14, "Q", back - 6, top, right, belt, "Z"), glass)
-    k.line(path("M", middle, belt + 2, "V", 70, "M", middle + 4, belt + 6, "h", 6), 1.2, mix(k.a, NIGHT, 0.45))
+    k.fill(path("M", left, belt, "Q", left + 6, top, left + 14, top, "H", middle - 1.5, "V", belt,
+                "Z"), glass)
+    k.fill(path("M", middle + 1.5, belt, "V", top, "H", back - 14, "Q", back - 6, top, right, belt,
+                "Z"), glass)
+    k.line(path("M", middle, belt + 2, "V", 70, "M", middle + 4, belt + 6, "h", 6), 1.2,
+           mix(k.a, NIGHT, 0.45))
     k.fill(oval(5, belt + 10, 3, 4), k.pale)
     k.fill(poly((96, belt + 8), (99, belt + 8), (99, belt + 15), (96, belt + 15)), k.c)
     hub = k.pick(k.pale, k.b)
     for x in (k.u(20, 25), k.u(75, 80)):
-        for share, colour in (1, k.ink), (0.55, hub), (0.18, k.ink): k.fill(oval(x, 76, wheel * share), colour)
+        for share, colour in (1, k.ink), (0.55, hub), (0.18, k.ink):
+            k.fill(oval(x, 76, wheel * share), colour)
     return k.svg()
 
 # %% ../nbs/90_pocket.ipynb #7c9a14c1
@@ -342,20 +360,26 @@ def draw_boat(rng) -> str:
     mast, deck, deep, bow, top = k.u(44, 56), k.u(70, 76), k.u(14, 22), k.u(0, 10), k.u(2, 10)
     boom, keel = deck - k.u(4, 8), deck + deep
     k.line(path("M", mast, top, "V", deck + 4), k.u(2, 3.2), k.ink)
-    if k.chance(0.5): k.fill(poly((mast + 1, top - 2), (mast + 15, top + 3), (mast + 1, top + 7)), k.c)
-    kind, far, belly, jib = k.pick("two", "two", "one", "square"), k.u(78, 95), k.u(4, 12), k.u(8, 22)
+    if k.chance(0.5):
+        k.fill(poly((mast + 1, top - 2), (mast + 15, top + 3), (mast + 1, top + 7)), k.c)
+    kind, far, belly, jib = (k.pick("two", "two", "one", "square"), k.u(78, 95), k.u(4, 12),
+                             k.u(8, 22))
     if kind == "square":
         for y0, y1, w in (top + 5, top + 28, 20), (top + 31, boom, 27):
             left, right, y = mast - w, mast + w, (y0 + y1) / 2
-            k.coat(path("M", left, y0, "Q", mast, y0 - 3, right, y0, "Q", right - belly, y, right + 2, y1,
+            k.coat(path("M", left, y0, "Q", mast, y0 - 3, right, y0, "Q", right - belly, y,
+                        right + 2, y1,
                         "Q", mast, y1 - 4, left - 2, y1, "Q", left - belly, y, left, y0, "Z"))
-    else: k.coat(path("M", mast + 2.5, top + 6, "Q", mast + 14 + belly, top + 34, far, boom, "H", mast + 2.5, "Z"))
+    else:
+        k.coat(path("M", mast + 2.5, top + 6, "Q", mast + 14 + belly, top + 34, far, boom, "H",
+                    mast + 2.5, "Z"))
     if kind == "two":
         k.fill(path("M", mast - 2.5, top + jib, "Q", mast - 8 - belly, boom - 22, 102 - far, boom,
                     "Q", mast - 16, boom - 4, mast - 2.5, boom, "Z"), k.pick(k.pale, k.c))
-    k.fill(path("M", bow, deck - 3, "Q", 40, deck + 4, 98, deck - 1, "Q", 96 - bow / 2, keel, 80, keel, "H", 26 + bow,
-                "Q", 9 + bow, deck + deep * 0.7, bow, deck - 3, "Z"), k.b)
-    k.line(path("M", bow + 4, deck + 2, "Q", 42, deck + 8, 95, deck + 4), k.u(1.5, 4), k.pick(k.pale, k.deep, k.c))
+    k.fill(path("M", bow, deck - 3, "Q", 40, deck + 4, 98, deck - 1, "Q", 96 - bow / 2, keel, 80,
+                keel, "H", 26 + bow, "Q", 9 + bow, deck + deep * 0.7, bow, deck - 3, "Z"), k.b)
+    k.line(path("M", bow + 4, deck + 2, "Q", 42, deck + 8, 95, deck + 4), k.u(1.5, 4),
+           k.pick(k.pale, k.deep, k.c))
     for x in (36, 50, 64, 78)[:int(k.u(0, 5))]: k.fill(oval(x, deck + 11, 2.4), k.ink)
     return k.svg()
 
@@ -371,18 +395,20 @@ def beast(
     rise, shade = k.u(-3, 3), mix(k.a, k.deep, 0.4)
     if k.chance(0.5):
         for x, step in (32, k.u(-5, 4)), (75, k.u(-3, 6)):
-            k.line(curve([(x, 58), (x + step, 74), (x + step + k.u(-2, 2), 90)], False), leg, k.deep)
+            k.line(curve([(x, 58), (x + step, 74), (x + step + k.u(-2, 2), 90)], False), leg,
+                   k.deep)
         k.line(curve(around(82, 48, 1, (0, 0), *tail), False), tail_width, k.a)
         for x, step in (38, k.u(-4, 5)), (80, k.u(-5, 3)):
             k.line(curve([(x, 56), (x + step, 75), (x + step + k.u(-2, 2), 92)], False), leg, shade)
-        k.coat(curve([(24, 42), (40, 50 - 12 * fat), (62, 49 - 9 * fat), (80, 50 - 11 * fat), (88, 55), (83, 66),
-                      (62, 55 + 13 * fat), (42, 54 + 15 * fat), (29, 60)]))
+        k.coat(curve([(24, 42), (40, 50 - 12 * fat), (62, 49 - 9 * fat), (80, 50 - 11 * fat),
+                      (88, 55), (83, 66), (62, 55 + 13 * fat), (42, 54 + 15 * fat), (29, 60)]))
         return 24, 34 + rise
     k.line(curve(around(72, 87, 0.9, (0, 0), *tail), False), tail_width, k.a)
     k.coat(curve([(38, 34), (52, 38), (66 + 4 * fat, 58), (70 + 8 * fat, 82), (62, 94), (44, 95),
                   (33 - 4 * fat, 82), (30, 56)]))
     k.line("M64 93L55 94", leg * 1.1, shade)
-    for x in (37, 47): k.line(curve([(x, 68), (x - 0.5, 80), (x - k.u(0, 2), 93)], False), leg, shade)
+    for x in (37, 47):
+        k.line(curve([(x, 68), (x - 0.5, 80), (x - k.u(0, 2), 93)], False), leg, shade)
     return 41, 28 + rise
 
 # %% ../nbs/90_pocket.ipynb #19f6310d
@@ -393,17 +419,22 @@ def draw_cat(rng) -> str:
     tail = [(curl * 0.7, -8), (curl, -22), (curl * k.u(-0.2, 1.6), -k.u(32, 44))]
     x, y = beast(k, k.u(0.7, 1.1), k.u(5.5, 8), tail, k.u(4, 6.5))
     for s in (-1, 1):
-        k.fill(poly(*around(x, y, r, (s * 0.98, -0.1), (s * (0.8 + lean), -0.55 - ear), (s * 0.15, -0.7))),
+        k.fill(poly(*around(x, y, r, (s * 0.98, -0.1), (s * (0.8 + lean), -0.55 - ear),
+                            (s * 0.15, -0.7))),
                mix(k.a, k.deep, 0.3))
-        k.fill(poly(*around(x, y, r, (s * 0.8, -0.35), (s * (0.76 + lean * 0.8), -0.5 - ear * 0.72), (s * 0.36, -0.7))), k.b)
-    k.coat(curve(around(x, y, r, (-1.08, 0.06), (-0.7, -0.72), (0, -0.85), (0.7, -0.72), (1.08, 0.06), (0.6, 0.75),
-                        (0, 0.86), (-0.6, 0.75))))
+        k.fill(poly(*around(x, y, r, (s * 0.8, -0.35), (s * (0.76 + lean * 0.8), -0.5 - ear * 0.72),
+                            (s * 0.36, -0.7))), k.b)
+    k.coat(curve(around(x, y, r, (-1.08, 0.06), (-0.7, -0.72), (0, -0.85), (0.7, -0.72),
+                        (1.08, 0.06), (0.6, 0.75), (0, 0.86), (-0.6, 0.75))))
     if k.chance(0.5): k.fill(oval(x, y + r * 0.42, r * 0.55, r * 0.38), k.pale)
     for s in (-1, 1): draw_eye(k, x + s * r * 0.45, y - r * 0.05, r * 0.17)
     k.fill(poly(*around(x, y, r, (-0.13, 0.24), (0.13, 0.24), (0, 0.4))), k.c)
-    k.line(curve(around(x, y, r, (-0.3, 0.52), (-0.14, 0.6), (0, 0.4), (0.14, 0.6), (0.3, 0.52)), False), 1, k.ink)
+    k.line(curve(around(x, y, r, (-0.3, 0.52), (-0.14, 0.6), (0, 0.4), (0.14, 0.6), (0.3, 0.52)),
+                 False), 1, k.ink)
     for s in (-1, 1):
-        for lift in (-2, 3): k.line(path("M", x + s * r * 0.6, y + r * 0.35 + lift / 2, "l", s * r * 0.85, lift), 0.7, k.ink)
+        for lift in (-2, 3):
+            k.line(path("M", x + s * r * 0.6, y + r * 0.35 + lift / 2, "l", s * r * 0.85, lift),
+                   0.7, k.ink)
     return k.svg()
 
 # %% ../nbs/90_pocket.ipynb #67ad750c
@@ -412,10 +443,11 @@ def draw_dog(rng) -> str:
     k = Kit(rng)
     r, up = k.u(12, 16), k.u(12, 28)
     x, y = beast(k, k.u(0.65, 1.15), k.u(6.5, 10), [(7, -up * 0.5), (k.u(6, 14), -up)], k.u(5, 8))
-    if k.chance(0.6): k.line(curve(around(x, y, r, (-0.1, 0.9), (0.6, 1), (1.05, 0.55)), False), 4.5, k.c)
+    if k.chance(0.6):
+        k.line(curve(around(x, y, r, (-0.1, 0.9), (0.6, 1), (1.05, 0.55)), False), 4.5, k.c)
     snout, jaw, drop = k.u(1.25, 1.9), k.u(0.36, 0.5), k.u(1, 1.7)
-    k.coat(curve(around(x, y, r, (1, 0), (0.5, -0.9), (-0.4, -0.85), (-0.8, -0.2), (-snout, 0), (-snout - 0.15, jaw * 1.2),
-                        (-0.9, 0.3 + jaw), (0, 0.95), (0.8, 0.7))))
+    k.coat(curve(around(x, y, r, (1, 0), (0.5, -0.9), (-0.4, -0.85), (-0.8, -0.2), (-snout, 0),
+                        (-snout - 0.15, jaw * 1.2), (-0.9, 0.3 + jaw), (0, 0.95), (0.8, 0.7))))
     if k.chance(0.4):
         tongue = around(x - snout * r, y + jaw * 2 * r, 1, (3, -2), (8, -1), (7, 8), (3, 7))
         k.fill(curve(tongue), k.pick(k.b, k.c))
@@ -424,14 +456,16 @@ def draw_dog(rng) -> str:
     draw_eye(k, x - r * 0.35, y - r * 0.25, r * 0.19)
     hanging = (0.15, -0.75), (0.8, -0.8), (1.25, drop * 0.5), (0.9, drop), (0.35, drop * 0.7)
     pricked = (0.1, -0.7), (0.5, -1.75), (1, -0.4), (0.6, -0.2)
-    k.fill(curve(around(x, y, r, *(hanging if k.chance(0.75) else pricked))), mix(k.deep, k.b, k.u(0, 0.8)))
+    k.fill(curve(around(x, y, r, *(hanging if k.chance(0.75) else pricked))),
+           mix(k.deep, k.b, k.u(0, 0.8)))
     return k.svg()
 
 # %% ../nbs/90_pocket.ipynb #9968f985
 def draw_bird(rng) -> str:
     "A bird, perched or in flight: beak, wing, feathers of the tail."
     k = Kit(rng)
-    r, fat, beak, droop, flies, x, y = k.u(11, 15), k.u(14, 22), k.u(9, 20), k.u(-6, 14), k.chance(0.45), 27, 36
+    r, fat, beak, droop, flies, x, y = (k.u(11, 15), k.u(14, 22), k.u(9, 20), k.u(-6, 14),
+                                        k.chance(0.45), 27, 36)
     lift, sweep = k.u(-6, 8), k.u(-8, 12)
     far = (44, 50), (38, 24), (42 + sweep, 4 + lift), (58 + sweep, 10 + lift), (64, 30), (66, 48)
     if flies: k.fill(curve(far), mix(k.b, k.deep, 0.6))
@@ -441,18 +475,23 @@ def draw_bird(rng) -> str:
                    (92 - 3 * i, 58 + dy + droop), (70, 60))
         k.fill(curve(feather), (k.c, k.b, k.deep)[i])
     k.fill(poly((x - r * 0.7, y - 5), (x - r - beak, y + k.u(-1, 4)), (x - r * 0.7, y + 5)), k.c)
-    if k.chance(0.35): k.line(curve([(x + 2, y - r + 2), (x + 4, y - r - 8), (x + 10, y - r - k.u(8, 14))], False), 2.6, k.c)
+    if k.chance(0.35):
+        k.line(curve([(x + 2, y - r + 2), (x + 4, y - r - 8), (x + 10, y - r - k.u(8, 14))], False),
+               2.6, k.c)
     head = around(x, y, r, (-0.85, 0.6), (-1, 0), (-0.7, -0.75), (0, -1), (0.8, -0.7))
-    k.coat(curve(head + [(50, 40), (72, 50), (80, 56), (62, 50 + fat), (44, 52 + fat), (28, 44 + fat * 0.7)]))
+    k.coat(curve(head + [(50, 40), (72, 50), (80, 56), (62, 50 + fat), (44, 52 + fat),
+                         (28, 44 + fat * 0.7)]))
     breast = (around(x, y, r, (-0.6, 0.7), (0.3, 0.7))
               + [(46, 56), (48, 50 + fat), (36, 48 + fat * 0.85), (26, 43 + fat * 0.6)])
     if k.chance(0.5): k.fill(curve(breast), k.pale)
     draw_eye(k, x - 3, y - 2, k.u(2.2, 3.2))
     if flies:
-        tips = [(60 + sweep + 8 * i + j, 2 + lift + 9 * i + 7 * j) for i in range(4) for j in (0, 1)]
+        tips = [(60 + sweep + 8 * i + j, 2 + lift + 9 * i + 7 * j) for i in range(4)
+                for j in (0, 1)]
         k.fill(curve([(40, 50), (42, 28)] + tips + [(74, 50), (56, 60)]), k.b)
     else:
-        k.fill(curve([(40, 48), (54, 44), (76, 54), (k.u(80, 90), k.u(58, 70)), (62, 64), (46, 62)]), k.b)
+        k.fill(curve([(40, 48), (54, 44), (76, 54), (k.u(80, 90), k.u(58, 70)), (62, 64),
+                      (46, 62)]), k.b)
         k.line(curve([(50, 56), (62, 60), (74, 60)], False), 1.4, mix(k.b, NIGHT, 0.35))
     return k.svg()
 
@@ -461,17 +500,20 @@ def draw_butterfly(rng) -> str:
     "A butterfly: four wings with eyes on them, the left half a mirror of the right half."
     k = Kit(rng)
     wide, high, low, drop, tip = k.u(28, 47), k.u(20, 38), k.u(18, 32), k.u(18, 38), k.u(0.7, 1.05)
-    notch, point, dot, dot2, inner = k.u(0.3, 0.55), k.u(0.8, 1.35), k.u(3, 8), k.u(2, 5.5), k.u(0.5, 0.75)
+    notch, point, dot, dot2, inner = (k.u(0.3, 0.55), k.u(0.8, 1.35), k.u(3, 8), k.u(2, 5.5),
+                                      k.u(0.5, 0.75))
     for s in (-1, 1):
-        lower = [(s * 2, 0), (s * wide * 0.5, 0), (s * low * 1.15, 6 + drop * 0.3), (s * low * 0.95, 8 + drop * point),
-                 (s * low * 0.45, 6 + drop * 0.95), (s * 4, 12)]
-        upper = [(s * 2, 2), (s * 4, -4), (s * wide * notch, -2 - high * 0.8), (s * wide * tip, -4 - high),
+        lower = [(s * 2, 0), (s * wide * 0.5, 0), (s * low * 1.15, 6 + drop * 0.3),
+                 (s * low * 0.95, 8 + drop * point), (s * low * 0.45, 6 + drop * 0.95), (s * 4, 12)]
+        upper = [(s * 2, 2), (s * 4, -4), (s * wide * notch, -2 - high * 0.8),
+                 (s * wide * tip, -4 - high),
                  (s * wide, -4 - high * 0.4), (s * wide * 0.8, 4), (s * wide * 0.35, 8)]
         for wing, colour in (lower, k.pale), (upper, k.c):
             edge, centre = around(50, 50, 1, *wing), np.mean(wing, 0) + 50
             if wing is upper: k.coat(curve(edge))
             else: k.fill(curve(edge), mix(k.b, k.a, 0.35))
-            if wing is lower or not k.pattern: k.fill(curve([centre + (np.array(p) - centre) * inner for p in edge]), colour)
+            if wing is lower or not k.pattern:
+                k.fill(curve([centre + (np.array(p) - centre) * inner for p in edge]), colour)
         for share, colour in (1, k.ink), (0.5, k.pale):
             k.fill(oval(50 + s * wide * 0.68, 46 - high * 0.5, dot * share), colour)
         k.fill(oval(50 + s * low * 0.65, 58 + drop * 0.5, dot2), k.deep)
@@ -486,20 +528,24 @@ def draw_fish(rng) -> str:
     "A fish: a drop with fins and a tail, slender or round."
     k = Kit(rng)
     h, fork, tall, eye, gill = k.u(13, 31), k.u(-2, 9), k.u(14, 25), k.u(2.6, 4.2), k.u(27, 32)
-    k.fill(path("M", 76, 50, "C", 84, 50 - tall * 0.4, 88, 50 - tall, 99, 50 - tall, "Q", 97 - fork, 50, 99, 50 + tall,
-                "C", 88, 50 + tall, 84, 50 + tall * 0.4, 76, 50, "Z"), k.b)
+    k.fill(path("M", 76, 50, "C", 84, 50 - tall * 0.4, 88, 50 - tall, 99, 50 - tall, "Q", 97 - fork,
+                50, 99, 50 + tall, "C", 88, 50 + tall, 84, 50 + tall * 0.4, 76, 50, "Z"), k.b)
     for s, share in (-1, k.u(0.3, 0.75)), (1, k.u(0.1, 0.45)):
         fin = [(32, s * h * 0.7), (40, s * h * (1 + share * 0.7)), (58, s * h * (0.9 + share)),
                (70, s * (h * 0.5 + 6 * share)), (66, s * h * 0.3)]
         k.fill(curve(around(0, 50, 1, *fin)), mix(k.b, k.a, 0.3))
-    back, belly = ([(14, 50 + s * h * 0.68), (36, 50 + s * h), (60, 50 + s * h * 0.74)] for s in (-1, 1))
+    back, belly = ([(14, 50 + s * h * 0.68), (36, 50 + s * h), (60, 50 + s * h * 0.74)]
+                   for s in (-1, 1))
     k.coat(curve([(2, 51)] + back + [(80, 47), (84, 50), (80, 53)] + belly[::-1]))
-    face = [(2, 51), (14, 50 - h * 0.68), (gill - 4, 50 - h * 0.9), (gill, 50), (gill - 4, 50 + h * 0.9),
-            (14, 50 + h * 0.68)]
+    face = [(2, 51), (14, 50 - h * 0.68), (gill - 4, 50 - h * 0.9), (gill, 50),
+            (gill - 4, 50 + h * 0.9), (14, 50 + h * 0.68)]
     if k.chance(0.6): k.fill(curve(face), k.pick(k.c, mix(k.a, k.deep, 0.5), mix(k.a, PAPER, 0.4)))
-    k.line(curve([(gill - 4, 50 - h * 0.75), (gill + 1, 50), (gill - 4, 50 + h * 0.75)], False), 1.3, k.ink)
-    k.fill(curve([(38, 50 + h * 0.1), (55, 50 + h * k.u(-0.1, 0.3)), (58, 50 + h * 0.65), (42, 50 + h * 0.45)]), k.c)
-    k.line(curve([(3, 50 + h * 0.18), (8, 50 + h * 0.24), (12, 50 + h * k.u(0.05, 0.3))], False), 1.2, k.ink)
+    k.line(curve([(gill - 4, 50 - h * 0.75), (gill + 1, 50), (gill - 4, 50 + h * 0.75)], False),
+           1.3, k.ink)
+    k.fill(curve([(38, 50 + h * 0.1), (55, 50 + h * k.u(-0.1, 0.3)), (58, 50 + h * 0.65),
+                  (42, 50 + h * 0.45)]), k.c)
+    k.line(curve([(3, 50 + h * 0.18), (8, 50 + h * 0.24), (12, 50 + h * k.u(0.05, 0.3))], False),
+           1.2, k.ink)
     draw_eye(k, 15, 50 - h * 0.22, eye)
     return k.svg()
 
@@ -509,11 +555,11 @@ def draw_snail(rng) -> str:
     k = Kit(rng)
     r, x, lift, skin = k.u(24, 31), k.u(56, 62), k.u(2, 9), mix(k.b, PAPER, k.u(0, 0.3))
     y = 84 - r
-    k.fill(curve([(8, 48 + lift), (16, 44 + lift), (24, 52 + lift), (30, 70), (50, 80), (78, 82), (98, 91), (80, 94),
-                  (30, 94), (16, 88), (9, 66 + lift)]), skin)
+    k.fill(curve([(8, 48 + lift), (16, 44 + lift), (24, 52 + lift), (30, 70), (50, 80), (78, 82),
+                  (98, 91), (80, 94), (30, 94), (16, 88), (9, 66 + lift)]), skin)
     for dx, top in (-5, k.u(22, 32)), (6, k.u(22, 32)):
-        k.line(curve(around(15, lift, 1, (dx * 0.3, 52), (dx * 0.9, 40), (dx * 1.5, top)), False), 2.6,
-               mix(skin, k.deep, 0.25))
+        k.line(curve(around(15, lift, 1, (dx * 0.3, 52), (dx * 0.9, 40), (dx * 1.5, top)), False),
+               2.6, mix(skin, k.deep, 0.25))
         k.fill(oval(15 + dx * 1.5, top + lift, 3), k.ink)
     k.line(curve([(9, 68 + lift), (13, 71 + lift), (18, 68 + lift)], False), 1.2, k.ink)
     k.coat(k.blob(x, y, r * 1.02, 9))
@@ -526,17 +572,21 @@ def draw_snail(rng) -> str:
 def draw_cup(rng) -> str:
     "A cup or mug: a bowl with a handle, seen a little from above, with or without a saucer."
     k = Kit(rng)
-    top, foot, rim, deep, bulge, x = k.u(26, 36), k.u(16, 33), k.u(4, 8), k.u(40, 58), k.u(0, 10), 42
+    top, foot, rim, deep, bulge, x = (k.u(26, 36), k.u(16, 33), k.u(4, 8), k.u(40, 58), k.u(0, 10),
+                                      42)
     y, hx, hy = 90 - deep, k.u(14, 22), deep * k.u(0.22, 0.32)
     if k.chance(0.4):
         k.fill(oval(x, 91, top * 1.32, 6.5), mix(k.b, PAPER, 0.2))
         k.fill(oval(x, 89.5, top * 0.9, 3.6), mix(k.b, NIGHT, 0.2))
-    handle = [(x + top - 3, y + deep * 0.18), (x + top + hx * 0.7, y + deep * 0.1), (x + top + hx, y + deep * 0.18 + hy),
+    handle = [(x + top - 3, y + deep * 0.18), (x + top + hx * 0.7, y + deep * 0.1),
+              (x + top + hx, y + deep * 0.18 + hy),
               (x + top + hx * 0.3, y + deep * 0.24 + hy * 1.9), (x + foot, y + deep * 0.72)]
     k.line(curve(handle, False), k.u(4.5, 7.5), k.pick(k.a, k.deep, k.c))
     side = top + bulge * 0.4
-    k.coat(path("M", x - top, y, "C", x - side, y + deep * 0.5, x - foot - bulge, 90, x - foot + 4, 91,
-                "Q", x, 95, x + foot - 4, 91, "C", x + foot + bulge, 90, x + side, y + deep * 0.5, x + top, y, "Z"))
+    k.coat(path("M", x - top, y, "C", x - side, y + deep * 0.5, x - foot - bulge, 90, x - foot + 4,
+                91,
+                "Q", x, 95, x + foot - 4, 91, "C", x + foot + bulge, 90, x + side, y + deep * 0.5,
+                x + top, y, "Z"))
     band = y + deep * k.u(0.2, 0.4)
     ribbon = curve([(x - top + 2.5, band), (x, band + rim), (x + top - 2.5, band)], False)
     if k.chance(0.4): k.line(ribbon, k.u(2, 5), k.pick(k.b, k.c, k.pale))
@@ -550,19 +600,24 @@ def draw_teapot(rng) -> str:
     "A teapot: a round belly, a spout on one side, a handle on the other, a lid with a knob."
     k = Kit(rng)
     w, h, y, rise, reach = k.u(25, 32), k.u(21, 29), k.u(60, 64), k.u(14, 30), k.u(36, 46)
-    handle = [(50 + w * 0.8, y - h * 0.5), (64 + w, y - h * 0.75), (50 + w + k.u(15, 20), y), (50 + w * 0.9, y + h * 0.5)]
+    handle = [(50 + w * 0.8, y - h * 0.5), (64 + w, y - h * 0.75), (50 + w + k.u(15, 20), y),
+              (50 + w * 0.9, y + h * 0.5)]
     k.line(curve(handle, False), k.u(4.5, 7), k.pick(k.a, k.deep, k.c))
-    k.fill(curve([(50 - w * 0.7, y - 4), (47 - w, y - 2), (52 - reach, y - rise + 6), (50 - reach, y - rise - 1),
-                  (43 - reach, y - rise + 1), (45 - reach, y - rise * 0.5), (46 - w, y + 11), (50 - w * 0.6, y + h * 0.6)]),
+    k.fill(curve([(50 - w * 0.7, y - 4), (47 - w, y - 2), (52 - reach, y - rise + 6),
+                  (50 - reach, y - rise - 1),
+                  (43 - reach, y - rise + 1), (45 - reach, y - rise * 0.5), (46 - w, y + 11),
+                  (50 - w * 0.6, y + h * 0.6)]),
            mix(k.a, k.deep, 0.45))
     k.line(path("M", 50 - w * 0.5, y + h - 1, "h", w), 5, k.deep)
-    k.coat(curve([(50 - w, y), (50 - w * 0.75, y - h * 0.7), (50, y - h), (50 + w * 0.75, y - h * 0.7), (50 + w, y),
+    k.coat(curve([(50 - w, y), (50 - w * 0.75, y - h * 0.7), (50, y - h),
+                  (50 + w * 0.75, y - h * 0.7), (50 + w, y),
                   (50 + w * 0.7, y + h * 0.8), (50, y + h), (50 - w * 0.7, y + h * 0.8)]))
     ribbon = curve([(51 - w, y + 3), (50, y + k.u(6, 11)), (49 + w, y + 3)], False)
     if k.chance(0.5): k.line(ribbon, k.u(2, 6), k.pick(k.b, k.c, k.pale))
     lid, top = w * k.u(0.45, 0.62), y - h
     k.fill(path("M", 50 - lid, top + 4, "Q", 50 - lid * 0.8, top - 7, 50, top - 8,
-                "Q", 50 + lid * 0.8, top - 7, 50 + lid, top + 4, "Q", 50, top + 9, 50 - lid, top + 4, "Z"), k.b)
+                "Q", 50 + lid * 0.8, top - 7, 50 + lid, top + 4, "Q", 50, top + 9, 50 - lid,
+                top + 4, "Z"), k.b)
     k.fill(oval(50, top - 10.5, k.u(3, 5), k.u(3, 4.5)), k.c)
     return k.svg()
 
@@ -580,46 +635,58 @@ def draw_tree(rng) -> str:
                  for t in np.arange(n) * 2 * np.pi / n + 0.3]
         k.fill("".join(oval(x + 1, y + 4, r) for x, y, r in puffs), mix(k.a, NIGHT, 0.3))
         k.coat("".join(oval(x, y, r) for x, y, r in puffs) + oval(50, low - h, w, h))
-        k.line(path("M", 50, low, "V", low - h, "M", 50, low - h * 0.5, "l 9 -9 M", 50, low - h * 0.7, "l -8 -8"), 2, bark)
+        k.line(path("M", 50, low, "V", low - h, "M", 50, low - h * 0.5, "l 9 -9 M", 50,
+                    low - h * 0.7, "l -8 -8"), 2, bark)
     if kind == "fir":
         tiers, w = int(k.u(3, 5.99)), k.u(22, 34)
         for i in range(tiers):
             r, y = w * (1 - 0.72 * i / tiers), low + 8 - (low + 2) * i / (tiers + 0.4)
             top = y - (low + 14) / tiers - 12
-            k.coat(path("M", 50, top, "Q", 50 + r * 0.45, y - 8, 50 + r, y, "Q", 50, y + 6, 50 - r, y,
-                        "Q", 50 - r * 0.45, y - 8, 50, top, "Z"))
-            k.line(curve([(50 - r, y), (50, y + 3), (50 + r, y)], False), 1.6, mix(k.a, NIGHT, 0.35))
+            k.coat(path("M", 50, top, "Q", 50 + r * 0.45, y - 8, 50 + r, y, "Q", 50, y + 6, 50 - r,
+                        y, "Q", 50 - r * 0.45, y - 8, 50, top, "Z"))
+            k.line(curve([(50 - r, y), (50, y + 3), (50 + r, y)], False), 1.6,
+                   mix(k.a, NIGHT, 0.35))
     if kind == "poplar":
         w = k.u(14, 21)
-        k.coat(curve([(50, 0), (50 + w * 0.7, 18), (50 + w, 48), (50 + w * 0.6, low + 8), (50, low + 11),
-                      (50 - w * 0.6, low + 8), (50 - w, 48), (50 - w * 0.7, 18)]))
-        k.line(path("M", 50, low + 20, "V 24 M 50 56 l 7 -8 M 50 46 l -7 -8 M 50 66 l -6 -7"), 1.8, bark)
-    for _ in range(int(k.u(4, 9)) * k.chance(0.35)): k.fill(oval(50 + k.u(-14, 14), k.u(30, low - 4), 2.4), k.c)
+        k.coat(curve([(50, 0), (50 + w * 0.7, 18), (50 + w, 48), (50 + w * 0.6, low + 8),
+                      (50, low + 11), (50 - w * 0.6, low + 8), (50 - w, 48), (50 - w * 0.7, 18)]))
+        k.line(path("M", 50, low + 20, "V 24 M 50 56 l 7 -8 M 50 46 l -7 -8 M 50 66 l -6 -7"), 1.8,
+               bark)
+    for _ in range(int(k.u(4, 9)) * k.chance(0.35)):
+        k.fill(oval(50 + k.u(-14, 14), k.u(30, low - 4), 2.4), k.c)
     return k.svg()
 
 # %% ../nbs/90_pocket.ipynb #cba95b68
 def draw_decoy(rng) -> str:
-    "A scrap of paper that belongs to no class: a star, a crescent, a ring, a leaf, a squiggle, a shard, a blob."
+    """A scrap of paper that belongs to no class: a star, a crescent, a ring, a leaf, a squiggle, a
+    shard, a blob."""
     k = Kit(rng)
     kind, n = k.pick("star", "moon", "ring", "leaf", "squiggle", "shard", "blob"), int(k.u(4, 9))
     turn, r = k.u(0, 2 * np.pi), k.u(0.35, 0.75)
     spoke = lambda i, m, length: (50 + length * np.cos(turn + 2 * np.pi * i / m),
                                   50 + length * np.sin(turn + 2 * np.pi * i / m))
-    if kind == "star": k.coat(poly(*[spoke(i, 2 * n, 45 * (r if i % 2 else 1)) for i in range(2 * n)]))
-    if kind == "moon": k.coat(path("M 70 8 A 44 44 0 1 0 70 92 A", 44 + 25 * r, 44 + 25 * r, "0 0 1 70 8 Z"))
+    if kind == "star":
+        k.coat(poly(*[spoke(i, 2 * n, 45 * (r if i % 2 else 1)) for i in range(2 * n)]))
+    if kind == "moon":
+        k.coat(path("M 70 8 A 44 44 0 1 0 70 92 A", 44 + 25 * r, 44 + 25 * r, "0 0 1 70 8 Z"))
     if kind == "ring": k.line(oval(50, 50, 38, k.u(26, 38)), k.u(5, 14), k.a)
     if kind == "leaf":
         up, down = 50 - 45 * r, 50 + 45 * r
         k.coat(path("M", 10, 50, "C", 25, up, 70, up, 92, 50, "C", 70, down, 25, down, 10, 50, "Z"))
         k.line("M4 50L80 50", 2, k.ink)
-    if kind == "squiggle": k.line(curve([(8 + 84 * i / n, 50 + k.u(-25, 25)) for i in range(n + 1)], False), k.u(4, 11), k.a)
-    if kind == "shard": k.coat(poly(*[spoke(i, n // 2 + 1, k.u(25, 48)) for i in range(n // 2 + 1)]))
+    if kind == "squiggle":
+        k.line(curve([(8 + 84 * i / n, 50 + k.u(-25, 25)) for i in range(n + 1)], False),
+               k.u(4, 11), k.a)
+    if kind == "shard":
+        k.coat(poly(*[spoke(i, n // 2 + 1, k.u(25, 48)) for i in range(n // 2 + 1)]))
     if kind == "blob": k.coat(k.blob(50, 50, 40))
     return k.svg()
 
 # %% ../nbs/90_pocket.ipynb #37b43484
-DRAW = dict(bicycle=draw_bicycle, bird=draw_bird, boat=draw_boat, butterfly=draw_butterfly, car=draw_car, cat=draw_cat,
-            cup=draw_cup, dog=draw_dog, fish=draw_fish, snail=draw_snail, teapot=draw_teapot, tree=draw_tree)
+DRAW = dict(bicycle=draw_bicycle, bird=draw_bird, boat=draw_boat, butterfly=draw_butterfly,
+            car=draw_car, cat=draw_cat,
+            cup=draw_cup, dog=draw_dog, fish=draw_fish, snail=draw_snail, teapot=draw_teapot,
+            tree=draw_tree)
 POCKET_CLASSES = sorted(DRAW)
 RARE = {"snail": 1 / 8, "teapot": 1 / 8}
 FACING = {"bicycle", "bird", "boat", "car", "cat", "dog", "fish", "snail"}
@@ -634,9 +701,11 @@ class Scene:
         self.rng, self.size = rng, size
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) / size
         mood = rng.random()
-        toward, share = (PAPER, 0.62) if mood < 0.62 else (PAPER, 0.3) if mood < 0.8 else (NIGHT, 0.6)
+        toward, share = ((PAPER, 0.62) if mood < 0.62 else (PAPER, 0.3) if mood < 0.8
+                         else (NIGHT, 0.6))
         palette = PALETTES[rng.integers(len(PALETTES))]
-        self.colours = [rgb(mix(palette[i], toward, share + rng.uniform(-0.1, 0.15))) for i in rng.permutation(len(palette))]
+        self.colours = [rgb(mix(palette[i], toward, share + rng.uniform(-0.1, 0.15)))
+                        for i in rng.permutation(len(palette))]
         self.canvas = self.colours[0] + np.zeros((3, size, size), np.float32)
 
     def lay(self, mask, colour, strength=1.0, rows=slice(None)):
@@ -647,7 +716,8 @@ class Scene:
         part += change
 
     def sheet(self, edge, colour):
-        "A sheet of paper that covers everything below the line `edge`, with the shadow of its edge."
+        """A sheet of paper that covers everything below the line `edge`, with the shadow of its
+        edge."""
         top = max(int(np.min(edge) * self.size - 0.06 * self.size), 0)
         below = (self.y[top:] - np.float32(edge)) * self.size
         near = np.clip(1 + below / (0.06 * self.size), 0, 1) * (below < 0)
@@ -683,7 +753,8 @@ def strokes(
     side = 2 * s.size
     image = Image.new("L", (side, side))
     pen = ImageDraw.Draw(image)
-    for points in lines: pen.line([(x * side, y * side) for x, y in points], 255, max(1, round(width * side)))
+    for points in lines:
+        pen.line([(x * side, y * side) for x, y in points], 255, max(1, round(width * side)))
     s.lay(np.asarray(image.reduce(2), np.float32) / 255, colour, strength)
 
 # %% ../nbs/90_pocket.ipynb #769516e0
@@ -696,9 +767,11 @@ def scene_hills(s):
     for i in range(n):
         high, shift = s.rng.uniform(0.3, 1, (3, 1)), s.rng.uniform(0, 1, (3, 1))
         hill = (high / k * np.sin(2 * np.pi * (k * s.x[:1] * 0.8 + shift))).sum(0)
-        s.sheet(0.4 + 0.5 * i / n + s.rng.uniform(0.02, 0.07) * hill, s.colours[1 + (i + 1) % 4] * (1 - 0.05 * float(i)))
+        s.sheet(0.4 + 0.5 * i / n + s.rng.uniform(0.02, 0.07) * hill,
+                s.colours[1 + (i + 1) % 4] * (1 - 0.05 * float(i)))
     roots = s.rng.uniform([0, 0.6, -0.03, 0.02], [1, 1, 0.03, 0.07], (s.rng.integers(10, 70), 4))
-    strokes(s, [[(x, y), (x + dx * 0.3, y - h * 0.6), (x + dx, y - h)] for x, y, dx, h in roots], 0.005, s.colours[3] * 0.75)
+    strokes(s, [[(x, y), (x + dx * 0.3, y - h * 0.6), (x + dx, y - h)] for x, y, dx, h in roots],
+            0.005, s.colours[3] * 0.75)
 
 
 def scene_room(s):
@@ -707,20 +780,24 @@ def scene_room(s):
     u, v = s.x / t, s.y / t
     stripes = (np.abs(u % 2 - 1) - 0.5) * t
     dots = (0.22 - distance(u % 1 - 0.5, (v + 0.5 * (u // 1 % 2)) % 1 - 0.5)) * t
-    s.lay(np.clip((stripes if s.rng.random() < 0.5 else dots) * s.size + 0.5, 0, 1), s.colours[1], 0.7)
+    s.lay(np.clip((stripes if s.rng.random() < 0.5 else dots) * s.size + 0.5, 0, 1), s.colours[1],
+          0.7)
     s.sheet(floor - 0.025, s.colours[2] * 0.9)
     s.sheet(floor, s.colours[3])
     boards = np.arange(-3, 3.1, 0.33) + tilt
-    strokes(s, [[(0.5 + a * 0.25, floor), (0.5 + a * 0.7, 1)] for a in boards], 0.004, s.colours[3] * 0.72)
+    strokes(s, [[(0.5 + a * 0.25, floor), (0.5 + a * 0.7, 1)] for a in boards], 0.004,
+            s.colours[3] * 0.72)
 
 # %% ../nbs/90_pocket.ipynb #a5886496
 def scene_sea(s):
     "Rows of waves under a pale sky."
     fade(s, s.colours[0], s.colours[4])
-    n, start, high = int(s.rng.integers(5, 10)), s.rng.uniform(0.25, 0.5), s.rng.uniform(0.008, 0.02)
+    n, start, high = (int(s.rng.integers(5, 10)), s.rng.uniform(0.25, 0.5),
+                      s.rng.uniform(0.008, 0.02))
     for i in range(n):
         wave = np.abs(np.sin(np.pi * (np.float64(s.x[:1]) * s.rng.uniform(5, 9) + s.rng.random())))
-        s.sheet(start + (1 - start) * i / n - high * wave, s.colours[1 + i % 2] * (1 - 0.25 * i / n))
+        s.sheet(start + (1 - start) * i / n - high * wave,
+                s.colours[1 + i % 2] * (1 - 0.25 * i / n))
 
 # %% ../nbs/90_pocket.ipynb #33e5edab
 def scene_tiles(s):
@@ -750,7 +827,8 @@ def scene_desk(s):
     s.canvas += (rgb(PAPER) - s.canvas) * s.rng.uniform(0, 0.6)
     t, n = s.rng.uniform(0.045, 0.09), s.rng.integers(2, 6)
     for axis in (s.y, s.x)[:s.rng.integers(1, 3)]:
-        s.lay(np.clip(1 - np.abs((axis / t + 0.5) % 1 - 0.5) * t * s.size, 0, 1), s.colours[1] * 0.8, 0.7)
+        s.lay(np.clip(1 - np.abs((axis / t + 0.5) % 1 - 0.5) * t * s.size, 0, 1),
+              s.colours[1] * 0.8, 0.7)
     walks = np.cumsum(s.rng.normal(0, 0.022, (n, 60, 2)), 1) + s.rng.uniform(0, 1, (n, 1, 2))
     strokes(s, [[tuple(p) for p in walk] for walk in walks], 0.006, s.colours[2] * 0.7, 0.8)
 
@@ -772,14 +850,17 @@ def plan(
 ) -> list: # Pairs of class and longer side as a share of the picture
     "What a picture shall show."
     weights = np.cumsum([RARE.get(name, 1.0) for name in POCKET_CLASSES])
-    some = lambda n: [POCKET_CLASSES[i] for i in np.searchsorted(weights / weights[-1], rng.random(n))]
+    some = lambda n: [POCKET_CLASSES[i]
+                      for i in np.searchsorted(weights / weights[-1], rng.random(n))]
     if rng.random() < 0.03: return []
-    if rng.random() < 0.07: return [(name, rng.uniform(0.1, 0.26)) for name in some(1) * int(rng.integers(4, 9))]
+    if rng.random() < 0.07:
+        return [(name, rng.uniform(0.1, 0.26)) for name in some(1) * int(rng.integers(4, 9))]
     n = min(int(rng.geometric(0.45)), 8)
     sides = 0.05 * (0.9 / n ** 0.3 / 0.05) ** (rng.random(n) ** 0.6)
     if rng.random() < 0.75: sides[0] = rng.uniform(0.4, 0.9)
     names = some(n)
-    return [(names[0] if rng.random() < 0.2 else name, float(side)) for name, side in zip(names, sides)]
+    return [(names[0] if rng.random() < 0.2 else name, float(side)) for name,
+            side in zip(names, sides)]
 
 # %% ../nbs/90_pocket.ipynb #0fd9833e
 def place(
@@ -789,7 +870,8 @@ def place(
     size: int, # Side of the picture
     others: list, # Boxes that are there already
 ) -> tuple: # x, y of the layer's left upper corner
-    "Where an object could go: mostly inside, sometimes across the edge, sometimes close to another."
+    """Where an object could go: mostly inside, sometimes across the edge, sometimes close to
+    another."""
     how = rng.random()
     x, y = (rng.uniform(0, max(size - v, 1)) if v <= size else (size - v) / 2 for v in (w, h))
     if how < 0.16:
@@ -821,9 +903,11 @@ class Item:
     mirrored: bool # Does it look to the right?
 
     def measure(self):
-        "Its box, the box's shorter side as a share of the picture, and the share of its silhouette that is seen."
+        """Its box, the box's shorter side as a share of the picture, and the share of its
+        silhouette that is seen."""
         x0, y0, x1, y1 = extent(self.seen)
-        return (x0, y0, x1, y1), min(x1 - x0, y1 - y0) / len(self.seen), int(self.seen.sum()) / max(self.whole, 1)
+        return ((x0, y0, x1, y1), min(x1 - x0, y1 - y0) / len(self.seen),
+                int(self.seen.sum()) / max(self.whole, 1))
 
     def kept(self):
         "Is there enough of it to see?"
@@ -834,7 +918,8 @@ class Item:
         "What the annotation says."
         box, short, share = self.measure()
         pose = ("Right" if self.mirrored else "Left") if self.name in FACING else "Unspecified"
-        return dict(name=self.name, box=box, pose=pose, truncated=self.inside < TRUNCATED_SHARE * self.whole,
+        return dict(name=self.name, box=box, pose=pose,
+                    truncated=self.inside < TRUNCATED_SHARE * self.whole,
                     occluded=int(self.seen.sum()) < OCCLUDED_SHARE * self.inside,
                     difficult=share < DIFFICULT_SHARE or short < DIFFICULT_SIDE)
 
@@ -871,20 +956,23 @@ def pocket_picture(
 ) -> tuple: # The picture, and a list with one dict for each object
     """Draw one picture: the same one whenever it is asked for.
 
-    The dicts have `name`, `box` (x0, y0, x1, y1 in continuous pixels), `pose`, `truncated`, `occluded` and `difficult`."""
+    The dicts have `name`, `box` (x0, y0, x1, y1 in continuous pixels), `pose`, `truncated`,
+    `occluded` and `difficult`."""
     back, light, objects = np.random.default_rng([seed, index]).spawn(3)
     scene = Scene(back, size)
     SCENES[back.integers(len(SCENES))](scene)
     angle = light.uniform(-0.9, 0.9)
     dx, dy = float(np.sin(angle)), float(np.cos(angle))
-    grain = 0.035 * noise(light, size, 7) + 0.03 * noise(light, size, size // 3) + 0.022 * noise(light, size, size)
+    grain = (0.035 * noise(light, size, 7) + 0.03 * noise(light, size, size // 3)
+             + 0.022 * noise(light, size, size))
     canvas = scene.canvas * (1 + grain)
     items, paper = arrange(objects, size), np.roll(grain, (37, 59), (0, 1))
     for item in items: paste(canvas, item.layer, item.x, item.y, (dx, dy), paper)
     canvas *= 1.09 - light.uniform(0, 0.26) * distance(scene.x - 0.5 + 0.5 * dx, scene.y - 0.3)
     canvas *= np.float32(light.uniform([0.95, 0.96, 0.9], [1.06, 1.03, 1.06]))[:, None, None]
     pixels = np.uint8(np.clip(canvas * 255 + 0.5, 0, 255)).transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(pixels)), [item.label() for item in items if item.name]
+    return (Image.fromarray(np.ascontiguousarray(pixels)),
+            [item.label() for item in items if item.name])
 
 # %% ../nbs/90_pocket.ipynb #99c15400
 def voc_xml(
@@ -907,7 +995,8 @@ def voc_xml(
         for tag in ("name", "pose"): add(node, tag, thing[tag])
         for tag in ("truncated", "occluded", "difficult"): add(node, tag, str(int(thing[tag])))
         box = add(node, "bndbox")
-        for tag, value in ("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1): add(box, tag, str(value))
+        for tag, value in ("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1):
+            add(box, tag, str(value))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -921,12 +1010,15 @@ def _draw_file(job):
     folder, seed, index, size = job
     picture, objects = pocket_picture(seed, index, size)
     picture.save(Path(folder) / "JPEGImages" / f"{index:07d}.jpg", quality=90)
-    (Path(folder) / "Annotations" / f"{index:07d}.xml").write_text(voc_xml(index, objects, size), encoding="utf-8")
+    (Path(folder) / "Annotations" / f"{index:07d}.xml").write_text(voc_xml(index, objects, size),
+                                                                   encoding="utf-8")
 
 
 def _draw_all(jobs):
-    "Run the jobs, on several processes where there are several cores; yields once for each job that is done."
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    """Run the jobs, on several processes where there are several cores; yields once for each job
+    that is done."""
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                  else os.cpu_count() or 1, 8)
     if workers > 1 and len(jobs) > 60:
         try:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -940,19 +1032,24 @@ def _check_drawn(folder, manifest):
     "Is the folder the data set that is asked for? If not: an error that says what to do."
     path = folder / "pocket.json"
     if not path.is_file():
-        raise FileExistsError(f"folder: {folder} exists, but is no pocket data set (there is no pocket.json in it). "
-                              "Nothing was changed: give make_pocket another folder.")
+        raise FileExistsError(f"folder: {folder} exists, but is no pocket data set (there is no "
+                              "pocket.json in it). Nothing was changed: give make_pocket "
+                              "another folder.")
     try: found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError): found = {}
     wrong = [f"{key} is {found.get(key)!r} there, {value!r} here"
              for key, value in manifest.items() if found.get(key) != value]
     if wrong:
-        raise ValueError(f"folder: {folder} holds a pocket data set drawn in another way ({'; '.join(wrong)}). "
-                         "Nothing was changed: delete that folder to draw it anew, or give make_pocket another folder.")
+        raise ValueError(f"folder: {folder} holds a pocket data set drawn in another way "
+                         f"({'; '.join(wrong)}). "
+                         "Nothing was changed: delete that folder to draw it anew, or give "
+                         "make_pocket another folder.")
     n = manifest["n_train"] + manifest["n_valid"] + manifest["n_test"]
-    have = min(len(list((folder / sub).glob(f"*{end}"))) for sub, end in (("JPEGImages", ".jpg"), ("Annotations", ".xml")))
+    have = min(len(list((folder / sub).glob(f"*{end}"))) for sub,
+               end in (("JPEGImages", ".jpg"), ("Annotations", ".xml")))
     if have != n:
-        raise ValueError(f"folder: {folder} should hold {n} pictures with their annotations, but holds {have}. "
+        raise ValueError(f"folder: {folder} should hold {n} pictures with their annotations, but "
+                         f"holds {have}. "
                          "Nothing was changed: delete that folder to draw it anew.")
     return folder
 
@@ -960,10 +1057,12 @@ def _check_drawn(folder, manifest):
 def _check_arguments(seed, n_train, n_valid, n_test, size):
     "Are the arguments numbers that can be drawn?"
     limits = dict(seed=(seed, 0, 2 ** 63), size=(size, 64, 2048))
-    limits |= dict(n_train=(n_train, 0, 1_000_000), n_valid=(n_valid, 0, 1_000_000), n_test=(n_test, 0, 1_000_000))
+    limits |= dict(n_train=(n_train, 0, 1_000_000), n_valid=(n_valid, 0, 1_000_000),
+                   n_test=(n_test, 0, 1_000_000))
     for name, (value, low, high) in limits.items():
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name}: must be a whole number from {low:,} to {high:,}, and is {value!r}.")
+            raise ValueError(f"{name}: must be a whole number from {low:,} to {high:,}, and is "
+                             f"{value!r}.")
 
 # %% ../nbs/90_pocket.ipynb #ba801c00
 def _fill(part, counts, seed, size):
@@ -974,7 +1073,8 @@ def _fill(part, counts, seed, size):
         names = "".join(f"{i:07d}\n" for i in range(start, start + n))
         (part / "ImageSets" / "Main" / f"{split}.txt").write_text(names, encoding="utf-8")
         jobs += [(str(part), seed, i, size) for i in range(start, start + n)]
-    print(f"drawing pocket: {len(jobs):,} pictures" + (", about a minute, once" if len(jobs) > 900 else ""))
+    print(f"drawing pocket: {len(jobs):,} pictures" + (", about a minute, once" if len(jobs) > 900
+                                                       else ""))
     for _ in tqdm(_draw_all(jobs), total=len(jobs), leave=False, disable=None): pass
 
 # %% ../nbs/90_pocket.ipynb #e17a925f
@@ -988,12 +1088,14 @@ def make_pocket(
 ) -> Path: # The folder
     """Draw the data set in VOC's layout, or reuse it if it is there.
 
-    The folder appears when it is whole, and never before. A folder that is there already is only read: `FileExistsError` if it is
-    something else, `ValueError` if it was drawn with other arguments."""
+    The folder appears when it is whole, and never before. A folder that is there already is
+    only read: `FileExistsError` if it is something else, `ValueError` if it was drawn with
+    other arguments."""
     _check_arguments(seed, n_train, n_valid, n_test, size)
     folder = Path(folder).expanduser()
     if getattr(current_process(), "_inheriting", False): raise SystemExit
-    manifest = dict(drawing=DRAWING, seed=seed, n_train=n_train, n_valid=n_valid, n_test=n_test, size=size)
+    manifest = dict(drawing=DRAWING, seed=seed, n_train=n_train, n_valid=n_valid, n_test=n_test,
+                    size=size)
     if folder.exists(): return _check_drawn(folder, manifest)
     for left in folder.parent.glob(f".{folder.name}-drawing-*"):
         if time.time() - left.stat().st_mtime > 24 * 3600: shutil.rmtree(left, ignore_errors=True)

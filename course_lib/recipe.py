@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from .data import Data, _PICTURES, get_data
 from .detect import predict, show_detections
-from .detector import checkpoint, detection_learner, load_detector, read_checkpoint, write_whole
+from .detector import (checkpoint, detection_learner, load_detector, read_checkpoint,
+                                 write_whole)
 from .fast import augment, memory_loaders
 from .fpn import RetinaNet, retina_loss
 from .ssd import SSD
@@ -38,7 +39,9 @@ from tqdm import tqdm
 def one_cycle(
     learn,     # a `DetectionLearner`
     epochs,    # how often every picture is seen
-    lr=5e-3,   # largest rate of the head; the late body gets a tenth of it, the early body, if it is not frozen, a hundredth
+    # largest rate of the head; the late body gets a tenth of it, the early body, if it is not
+    # frozen, a hundredth
+    lr=5e-3,
     warm=.15,  # share of the steps in which the rate rises
     flat=False, # keep the rate after it has risen, instead of bringing it down to nothing
     start_epoch=0, # epochs that are done already
@@ -48,14 +51,17 @@ def one_cycle(
     if learn.opt is None: learn.create_opt()
     top = lr * np.array([.01, .1, 1.])[-len(learn.opt.param_lists):]
     rates = combined_cos(warm, top / 25, top, top if flat else top / 1e4)
-    learn.fit(epochs, cbs=[ParamScheduler(dict(lr=lambda part: rates(part).tolist())), *cbs], start_epoch=start_epoch)
+    learn.fit(epochs, cbs=[ParamScheduler(dict(lr=lambda part: rates(part).tolist())), *cbs],
+              start_epoch=start_epoch)
 
 # %% ../nbs/13_recipe.ipynb #89e80800
 class EMA(Callback):
-    "Validate and keep a moving average of the weights; with `decay` d it looks back about 1/(1-d) steps, fewer at the start."
+    """Validate and keep a moving average of the weights; with `decay` d it looks back about
+    1/(1-d) steps, fewer at the start."""
     order = 20
     def __init__(self, decay=.99): self.decay, self.steps, self.average = decay, 0, None
-    def weights(self): return [w for w in get_model(self.model).state_dict().values() if w.is_floating_point()]
+    def weights(self):
+        return [w for w in get_model(self.model).state_dict().values() if w.is_floating_point()]
     def before_fit(self):
         if self.average is None: self.average = [w.clone() for w in self.weights()]
     def after_batch(self):
@@ -82,9 +88,11 @@ class EMA(Callback):
 
 # %% ../nbs/13_recipe.ipynb #81208e50
 class Grow(Callback):
-    "Train on small pictures first: from `start` px in steps of 32 to the model's size after `share` of the epochs. Validation has the full size."
+    """Train on small pictures first: from `start` px in steps of 32 to the model's size after
+    `share` of the epochs. Validation has the full size."""
     order = 5
-    def __init__(self, start, size, share=.6): self.start, self.size, self.share = start, size, share
+    def __init__(self, start, size, share=.6):
+        self.start, self.size, self.share = start, size, share
     def size_at(self, part):
         steps = math.ceil((self.size - self.start) / 32)
         return min(self.size, self.start + 32 * int(steps * part / self.share + 1e-6))
@@ -98,17 +106,20 @@ class Grow(Callback):
 
 # %% ../nbs/13_recipe.ipynb #1869e271
 class Flipped(nn.Module):
-    "A detector that looks at every picture and its mirror image, and answers with the mean of both."
+    """A detector that looks at every picture and its mirror image, and answers with the mean of
+    both."""
     def __init__(self, model):
         super().__init__()
         self.model, self.size, self.n_classes = model, model.size, model.n_classes
         a = model.anchors
-        mirrored = torch.stack([model.size - a[:, 2], a[:, 1], model.size - a[:, 0], a[:, 3]], 1)              # [A,4]
+        # [A,4]
+        mirrored = torch.stack([model.size - a[:, 2], a[:, 1], model.size - a[:, 0], a[:, 3]], 1)
         self.register_buffer("anchors", a.clone(), persistent=False)
-        away = torch.cdist(a, mirrored, compute_mode="donot_use_mm_for_euclid_dist")                           # [A,A]
+        away = torch.cdist(a, mirrored, compute_mode="donot_use_mm_for_euclid_dist")  # [A,A]
         places = torch.arange(len(a), device=a.device)
-        away = away + 1e-6 * (places[:, None] - places).abs()                                                  # of equal anchors, the one that is near in the list
-        self.register_buffer("twin", away.argmin(1), persistent=False)                                         # [A]
+        # of equal anchors, the one that is near in the list
+        away = away + 1e-6 * (places[:, None] - places).abs()
+        self.register_buffer("twin", away.argmin(1), persistent=False)  # [A]
     def forward(self, x):
         (offsets, logits), (other, more) = self.model(x), self.model(x.flip(3))
         other = other[:, self.twin] * other.new_tensor([-1, 1, 1, 1])
@@ -126,9 +137,11 @@ class Half(Callback):
 
 # %% ../nbs/13_recipe.ipynb #cce2cf7c
 class EpochLoss(Metric):
-    "Mean of the training losses of an epoch, kept on the device: nothing waits until the epoch is over."
+    """Mean of the training losses of an epoch, kept on the device: nothing waits until the epoch
+    is over."""
     def reset(self): self.total, self.count = 0., 0
-    def accumulate(self, learn): self.total, self.count = self.total + learn.loss.detach(), self.count + 1
+    def accumulate(self, learn):
+        self.total, self.count = self.total + learn.loss.detach(), self.count + 1
     @property
     def value(self): return self.total / max(self.count, 1)
     @property
@@ -136,7 +149,8 @@ class EpochLoss(Metric):
 
 # %% ../nbs/13_recipe.ipynb #aa2e919e
 class Epochs(Callback):
-    "Start every epoch from its own random numbers, so that a run goes on after a stop as if it had not been stopped."
+    """Start every epoch from its own random numbers, so that a run goes on after a stop as if it
+    had not been stopped."""
     order = 4
     def before_train(self):
         self.dls.train.epoch = self.epoch
@@ -157,7 +171,8 @@ def fast_learner(
 ): # a `DetectionLearner`
     "A `DetectionLearner` on pictures in memory, with AdamW in one call for all weights."
     set_seed(seed)
-    dls = memory_loaders(data, model.size, bs, tfms, seed=seed, device=device) if dls is None else dls
+    dls = (memory_loaders(data, model.size, bs, tfms, seed=seed, device=device) if dls is None
+           else dls)
     if loss is None and isinstance(model, RetinaNet): loss = retina_loss(model.to(dls.device))
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-5, fused=True)
     learn = detection_learner(data, model, loss=loss, dls=dls, opt_func=opt, cbs=Epochs(), **kwargs)
@@ -168,7 +183,8 @@ def fast_learner(
 def machine():
     "What a result was measured on."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cores=cpu_count(), threads=torch.get_num_threads(), gpu=gpu, processes=max(1, num_distrib()),
+    return dict(cores=cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+                processes=max(1, num_distrib()),
                 torch=torch.__version__.split("+")[0], python=platform.python_version())
 
 # %% ../nbs/13_recipe.ipynb #5b46f05a
@@ -183,22 +199,25 @@ def write_json(
 
 # %% ../nbs/13_recipe.ipynb #f887e47f
 class Keep(Callback):
-    "After every epoch: a line, the run as JSON, and in last.pth all that is needed to go on from here."
+    """After every epoch: a line, the run as JSON, and in last.pth all that is needed to go on from
+    here."""
     order = 70
     def __init__(self, out, run, ema): self.out, self.run, self.ema = Path(out), run, ema
     def before_train(self):
         self.start, hidden = time.time(), True if rank_distrib() else None
-        self.bar = tqdm(total=len(self.dls.train), desc=f"epoch {self.epoch + 1}/{self.n_epoch}", leave=False, disable=hidden)
+        self.bar = tqdm(total=len(self.dls.train), desc=f"epoch {self.epoch + 1}/{self.n_epoch}",
+                        leave=False, disable=hidden)
     def after_batch(self):
         if self.training: self.bar.update()
     def after_train(self): self.bar.close()
     def after_validate(self):
         loss, held_out, score = (float(x) for x in self.recorder.log[1:])
-        row = dict(epoch=self.epoch + 1, size=self.dls.train.size, loss=loss, held_out_loss=held_out, map=score, seconds=round(time.time() - self.start, 1))
+        row = dict(epoch=self.epoch + 1, size=self.dls.train.size, loss=loss,
+                   held_out_loss=held_out, map=score, seconds=round(time.time() - self.start, 1))
         self.run["epochs"].append(row)
         if rank_distrib(): return
-        print(f"epoch {row['epoch']}/{self.n_epoch}: {row['size']} px, loss {loss:.3f}, held-out loss {held_out:.3f}, "
-              f"mAP {100 * score:.1f}, {row['seconds']:.0f} s", flush=True)
+        print(f"epoch {row['epoch']}/{self.n_epoch}: {row['size']} px, loss {loss:.3f}, held-out "
+              f"loss {held_out:.3f}, mAP {100 * score:.1f}, {row['seconds']:.0f} s", flush=True)
         write_whole(self.state(), self.out / "last.pth")
         write_json(self.run, self.out / "run.json")
     def state(self):
@@ -218,14 +237,16 @@ def go_on(
     "Put a learner back to where `Keep` saved it."
     learn.load(path, with_opt=False)
     state, model = read_checkpoint(path), get_model(learn.model)
-    ema.average, ema.steps = [w.clone() for w in model.state_dict().values() if w.is_floating_point()], state["steps"]
+    ema.average, ema.steps = [w.clone() for w in model.state_dict().values()
+                              if w.is_floating_point()], state["steps"]
     model.load_state_dict(state["raw"])
     learn.opt.load_state_dict(state["opt"])
     return state["run"]
 
 # %% ../nbs/13_recipe.ipynb #dace1458
 class Together(DistributedTrainer):
-    "fastai's training on several processes; the loaders of lesson 12b deal out the pictures themselves."
+    """fastai's training on several processes; the loaders of lesson 12b deal out the pictures
+    themselves."""
     def _wrap_dl(self, dl): return dl
 
 # %% ../nbs/13_recipe.ipynb #0cfd73b9
@@ -234,10 +255,15 @@ MODELS = {"retinanet": RetinaNet, "ssd": SSD}
 def _check(settings):
     "Raise for settings of `train` that can't be."
     s = settings
-    if s["model"] not in MODELS: raise ValueError(f"model: {s['model']!r} is not one of {', '.join(MODELS)}.")
-    if s["start_size"] and s["model"] != "retinanet": raise ValueError("start_size: only a retinanet can change its size. Leave it out.")
-    if s["start_size"] and not 32 <= s["start_size"] <= s["size"]: raise ValueError(f"start_size: {s['start_size']} must lie between 32 and size, {s['size']}.")
-    if s["precision"] not in ("auto", "float32", "bfloat16"): raise ValueError(f"precision: {s['precision']!r} is not one of auto, float32, bfloat16.")
+    if s["model"] not in MODELS:
+        raise ValueError(f"model: {s['model']!r} is not one of {', '.join(MODELS)}.")
+    if s["start_size"] and s["model"] != "retinanet":
+        raise ValueError("start_size: only a retinanet can change its size. Leave it out.")
+    if s["start_size"] and not 32 <= s["start_size"] <= s["size"]:
+        raise ValueError(f"start_size: {s['start_size']} must lie between 32 and size, "
+                         f"{s['size']}.")
+    if s["precision"] not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision: {s['precision']!r} is not one of auto, float32, bfloat16.")
     if not s["lr"] > 0: raise ValueError(f"lr: {s['lr']} must be above 0.")
     if not 0 <= s["ema"] < 1: raise ValueError(f"ema: {s['ema']} must lie between 0 and 1.")
     for name in ("epochs", "bs", "size"):
@@ -248,7 +274,9 @@ def _same_run(path, settings):
     if not path.exists(): return False
     stored = read_checkpoint(path).get("run", {}).get("settings", {})
     differ = [name for name, value in settings.items() if stored.get(name) != value]
-    if differ: raise ValueError(f"out: {path.parent} holds a run with another {', '.join(differ)}. Name another folder, or delete that one.")
+    if differ:
+        raise ValueError(f"out: {path.parent} holds a run with another {', '.join(differ)}. Name "
+                         f"another folder, or delete that one.")
     return True
 
 # %% ../nbs/13_recipe.ipynb #e35ec1ee
@@ -270,7 +298,8 @@ def train(
     epochs: int=12,         # how often every picture is seen
     bs: int=32,             # pictures in a batch, at most, in each process
     lr: float=5e-3,         # largest learning rate, that of the head
-    start_size: int=None,   # begin with pictures of this size and let them grow; None: `size` from the start
+    # begin with pictures of this size and let them grow; None: `size` from the start
+    start_size: int=None,
     classes: str=None,      # names with commas between; None: all
     limit: int=None,        # at most so many pictures of each split, for a quick try
     ema: float=.99,         # as in `EMA`
@@ -279,32 +308,43 @@ def train(
     precision: str="auto",  # "float32", "bfloat16", or "auto": bfloat16 on a GPU that can
     compiled: bool=False,   # let torch.compile write faster code first, which takes minutes
 ):
-    """Train a detector and leave it in a folder: detector.pth (for `load_detector`), run.json, detections.png and last.pth (to go on).
+    """Train a detector and leave it in a folder: detector.pth (for `load_detector`), run.json,
+    detections.png and last.pth (to go on).
 
-    Called again with the same arguments after it was stopped, at whatever moment, it goes on after the last whole epoch. ValueError or
-    FileNotFoundError before anything is trained where an argument can't be; RuntimeError where the GPU's memory is not enough."""
+    Called again with the same arguments after it was stopped, at whatever moment, it goes on
+    after the last whole epoch. ValueError or FileNotFoundError before anything is trained where
+    an argument can't be; RuntimeError where the GPU's memory is not enough."""
     settings = {k: v for k, v in locals().items() if k not in ("out", "data")}
     name = "own" if isinstance(data, Data) else Path(data).stem
-    out, settings = Path(out or f"runs/{name}-{model}-{size}").expanduser(), dict(data=name, processes=max(1, num_distrib()), **settings)
+    out, settings = (Path(out or f"runs/{name}-{model}-{size}").expanduser(),
+                     dict(data=name, processes=max(1, num_distrib()), **settings))
     _check(settings)
     again = _same_run(out / "last.pth", settings)
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available()) if num_distrib() > 1 else None
+    accelerator = (Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+                   if num_distrib() > 1 else None)
     with accelerator.main_process_first() if accelerator else nullcontext():
-        if not isinstance(data, Data): data = get_data(data, classes=classes.split(",") if classes else None, limit=limit)
+        if not isinstance(data, Data):
+            data = get_data(data, classes=classes.split(",") if classes else None, limit=limit)
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    learn = fast_learner(data, MODELS[model](len(data.classes), size), bs=bs, seed=seed, device=accelerator.device if accelerator else device)
+    learn = fast_learner(data, MODELS[model](len(data.classes), size), bs=bs, seed=seed,
+                         device=accelerator.device if accelerator else device)
     learn.freeze_to(1)
     average = EMA(ema)
     run = go_on(learn, average, out / "last.pth") if again else dict(
-        settings=settings, classes=learn.classes, machine=machine(), train_pictures=len(data.train), valid_pictures=len(data.valid), epochs=[])
-    if run["train_pictures"] != len(data.train): raise ValueError(f"out: {out} holds a run with other pictures. Name another folder, or delete that one.")
+        settings=settings, classes=learn.classes, machine=machine(), train_pictures=len(data.train),
+        valid_pictures=len(data.valid), epochs=[])
+    if run["train_pictures"] != len(data.train):
+        raise ValueError(f"out: {out} holds a run with other pictures. Name another folder, or "
+                         f"delete that one.")
     if compiled: learn.model.compile(dynamic=False)
     cbs = _callbacks(learn, settings, out, run, average, accelerator)
     try:
-        with learn.no_bar(), learn.no_logging(): one_cycle(learn, epochs, lr, start_epoch=len(run["epochs"]), cbs=cbs)
+        with learn.no_bar(), learn.no_logging():
+            one_cycle(learn, epochs, lr, start_epoch=len(run["epochs"]), cbs=cbs)
     except torch.OutOfMemoryError as e:
-        raise RuntimeError(f"the GPU's memory is not enough for {bs} pictures of {size} px in a batch. Take a smaller bs, or a smaller size.") from e
+        raise RuntimeError(f"the GPU's memory is not enough for {bs} pictures of {size} px in a "
+                           f"batch. Take a smaller bs, or a smaller size.") from e
     if not rank_distrib():
         write_json(run, out / "run.json")
         learn.save(out.resolve() / "detector.pth", with_opt=False)
@@ -317,7 +357,8 @@ def _picture_files(paths):
     "The files, and the pictures in the folders, in order."
     files = []
     for path in map(Path, paths):
-        inside = sorted(f for f in path.iterdir() if f.suffix.lower() in _PICTURES) if path.is_dir() else [path]
+        inside = (sorted(f for f in path.iterdir() if f.suffix.lower() in _PICTURES)
+                  if path.is_dir() else [path])
         if not inside: raise FileNotFoundError(f"there is no picture in {path}.")
         files += inside
     return files
@@ -329,30 +370,36 @@ def predict_files(
     score: float=.3,       # answers with a lower probability are dropped
     device: str=None,      # None: the GPU if there is one
 ): # for each file a dict of picture and objects (label, score, box in the picture's pixels)
-    "Detect objects in picture files, and draw them. FileNotFoundError, OSError or ValueError, in one sentence, for what can't be read."
+    """Detect objects in picture files, and draw them.
+
+    FileNotFoundError, OSError or ValueError, in one sentence, for what can't be read."""
     (detector, names), files = load_detector(checkpoint, device), _picture_files(pictures)
     results = []
     for file in files:
         found = predict(detector, file, score)
         objects = [dict(label=names[i], score=round(s, 4), box=[round(x, 1) for x in b])
-                   for i, s, b in zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist())]
+                   for i, s, b in zip(found["labels"].tolist(), found["scores"].tolist(),
+                                      found["boxes"].tolist())]
         results.append(dict(picture=str(file), objects=objects))
         if out:
             Path(out).mkdir(parents=True, exist_ok=True)
-            show_detections(file, found, names, score, size=7).figure.savefig(Path(out) / f"{file.resolve().parent.name}_{file.name}.png", dpi=100)
+            drawn = Path(out) / f"{file.resolve().parent.name}_{file.name}.png"
+            show_detections(file, found, names, score, size=7).figure.savefig(drawn, dpi=100)
             plt.close()
     return results
 
 # %% ../nbs/13_recipe.ipynb #8fe0e5a0
 def _command(func, name):
-    "Run a function with the arguments of the command line; what goes wrong in an expected way is one sentence."
+    """Run a function with the arguments of the command line; what goes wrong in an expected way is
+    one sentence."""
     args = vars(anno_parser(func, prog=name).parse_args())
     args.pop("pdb", None), args.pop("xtra", None)
     try: return func(**args)
     except (ValueError, OSError) as e: sys.exit(f"{name}: {e}")
     except RuntimeError as e:
-        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent: raise
-        sys.exit(f"{name}: {e}")                                                           # said by this library itself
+        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent:
+            raise
+        sys.exit(f"{name}: {e}")  # said by this library itself
 
 def course_train():
     "The command that trains."

@@ -26,13 +26,16 @@ class SingleHead(nn.Module):
     ):
         """A head for the largest object: from a feature map to one box and the logits of its class
 
-        `[B,channels,h,w]` to boxes `[B,4]` (x0,y0,x1,y1, pixels of the input) and logits `[B,C]`."""
+        `[B,channels,h,w]` to boxes `[B,4]` (x0,y0,x1,y1, pixels of the input) and logits
+        `[B,C]`."""
         super().__init__()
         cells = (-(-size // stride)) ** 2
         self.size, self.n_classes = size, n_classes
         self.hidden = nn.Sequential(
-            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(), nn.Dropout(drop),
-            nn.Linear(128 * cells, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(drop))
+            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(),
+            nn.Dropout(drop),
+            nn.Linear(128 * cells, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Dropout(drop))
         self.out = nn.Linear(hidden, 4 + n_classes)
     def forward(self, x):
         boxes, logits = self.out(self.hidden(x)).split([4, self.n_classes], dim=1)   # [B,4], [B,C]
@@ -44,10 +47,11 @@ class SingleLoss(nn.Module):
         size,           # side of the pictures, in pixels
         box_weight=10., # how much the box counts against the class
     ):
-        """Loss for the largest object: `box_weight` x L1 / size + cross-entropy, over the pictures that have one
+        """Loss for the largest object: `box_weight` x L1 / size + cross-entropy, over the pictures
+        that have one
 
-        Takes `(boxes [B,4], logits [B,C])` and a batch's `boxes [B,1,4]` (pixels) and `labels [B,1]` (-1: no object), and
-        returns a scalar, 0 if no picture has an object."""
+        Takes `(boxes [B,4], logits [B,C])` and a batch's `boxes [B,1,4]` (pixels) and `labels
+        [B,1]` (-1: no object), and returns a scalar, 0 if no picture has an object."""
         super().__init__()
         self.size, self.box_weight = size, box_weight
     def parts(self, pred, boxes, labels):
@@ -68,11 +72,13 @@ def predict_largest(
     "Name and box of the largest object in one picture of any size"
     image = picture if hasattr(picture, "convert") else open_image(picture)
     size, device = model[1].size, next(model.parameters()).device
-    x = TF.resize(tv_tensors.Image(image.convert("RGB")), [size, size], antialias=True).as_subclass(torch.Tensor)
+    x = TF.resize(tv_tensors.Image(image.convert("RGB")), [size, size],
+                  antialias=True).as_subclass(torch.Tensor)
     was_training = model.training
     model.eval()
     with torch.no_grad(): boxes, logits = model(x[None].to(device).float() / 255)
     model.train(was_training)
     probability, label = logits[0].softmax(0).cpu().max(0)
     width, height = image.size
-    return boxes[0].cpu() * torch.tensor([width, height, width, height]) / size, classes[label], probability.item()
+    return (boxes[0].cpu() * torch.tensor([width, height, width, height]) / size, classes[label],
+            probability.item())

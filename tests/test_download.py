@@ -1,4 +1,5 @@
-"`course_lib.data.download` and `unpack` against a server that misbehaves in every way that servers do."
+"""`course_lib.data.download` and `unpack` against a server that misbehaves in every way that
+servers do."""
 import hashlib
 import io
 import random
@@ -17,7 +18,8 @@ MD5 = hashlib.md5(BODY).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    "Serves by the first word of the path: whole, cut, wrong, short, deaf, drip, stall, missing, broken, odd, endless; and keeps a log."
+    """Serves by the first word of the path: whole, cut, wrong, short, deaf, drip, stall, missing,
+    broken, odd, endless; and keeps a log."""
     daemon_threads = True
     def handle_error(self, request, address): pass
 
@@ -39,7 +41,9 @@ class Handler(BaseHTTPRequestHandler):
         if how in ("deaf", "deafcut", "login"): start = 0
         if start >= len(body): return self.send_error(416)
         self.send_response(206 if start else 200)
-        if start: self.send_header("Content-Range", f"bytes {start + 7 * (how == 'odd')}-{len(body) - 1}/{len(body)}")
+        if start:
+            self.send_header("Content-Range",
+                             f"bytes {start + 7 * (how == 'odd')}-{len(body) - 1}/{len(body)}")
         if how != "endless": self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         rest = body[start:]
@@ -62,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = Server(("127.0.0.1", 0), Handler)
     server.log, server.files, server.stop = [], {}, threading.Event()
-    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01),
+                              daemon=True)
     thread.start()
     server.url = lambda how, name="file.bin": f"http://127.0.0.1:{server.server_port}/{how}/{name}"
     yield server
@@ -72,7 +77,8 @@ def server():
 @pytest.fixture
 def fetch(server, tmp_path):
     def fetch(*hows, size=len(BODY), md5=MD5, **more):
-        return download([server.url(how) for how in hows], tmp_path / "sub" / "file.bin", size, md5, **({"timeout": 5} | more))
+        return download([server.url(how) for how in hows], tmp_path / "sub" / "file.bin", size, md5,
+                        **({"timeout": 5} | more))
     fetch.dest, fetch.part = tmp_path / "sub" / "file.bin", tmp_path / "sub" / "file.bin.part"
     return fetch
 
@@ -81,7 +87,8 @@ def left(fetch): return sorted(p.name for p in fetch.dest.parent.iterdir())
 
 
 def test_whole(fetch, server):
-    assert fetch("whole") == fetch.dest and fetch.dest.read_bytes() == BODY and left(fetch) == ["file.bin"]
+    assert fetch("whole") == fetch.dest and fetch.dest.read_bytes() == BODY
+    assert left(fetch) == ["file.bin"]
     assert fetch("whole") == fetch.dest and len(server.log) == 1
 
 
@@ -143,7 +150,8 @@ def test_a_wrong_part_is_thrown_away_and_fetched_afresh(fetch, server, capsys):
     fetch.part.parent.mkdir()
     fetch.part.write_bytes(b"x" * 1000)
     assert fetch("whole").read_bytes() == BODY
-    assert server.log == [("whole", 1000), ("whole", 0)] and "thrown away" in capsys.readouterr().out
+    assert server.log == [("whole", 1000), ("whole", 0)]
+    assert "thrown away" in capsys.readouterr().out
 
 
 def test_a_part_that_is_too_long(fetch, server, capsys):
@@ -156,13 +164,15 @@ def test_a_part_that_is_too_long(fetch, server, capsys):
 def test_a_part_that_is_too_long_where_the_size_is_not_known(fetch, server):
     fetch.part.parent.mkdir()
     fetch.part.write_bytes(BODY + b"more")
-    assert fetch("whole", size=None).read_bytes() == BODY and server.log == [("whole", len(BODY) + 4), ("whole", 0)]
+    assert fetch("whole", size=None).read_bytes() == BODY
+    assert server.log == [("whole", len(BODY) + 4), ("whole", 0)]
 
 
 def test_parts_are_not_mixed_without_a_checksum(fetch, server):
     fetch.part.parent.mkdir()
     fetch.part.write_bytes(b"x" * 1000)
-    assert fetch("missing", "whole", md5=None).read_bytes() == BODY and server.log[-1] == ("whole", 0)
+    assert fetch("missing", "whole", md5=None).read_bytes() == BODY
+    assert server.log[-1] == ("whole", 0)
 
 
 @pytest.mark.parametrize("how", ["short", "login"])
@@ -206,7 +216,8 @@ def test_all_sources_fail(fetch, server):
 
 
 def test_nobody_is_listening(tmp_path):
-    with pytest.raises(OSError, match="127.0.0.1:9/x"): download(["http://127.0.0.1:9/x"], tmp_path / "x", timeout=2)
+    with pytest.raises(OSError, match="127.0.0.1:9/x"):
+        download(["http://127.0.0.1:9/x"], tmp_path / "x", timeout=2)
 
 
 # archives
@@ -227,25 +238,30 @@ def special(name, kind, target=""):
 
 
 def test_unpack(tmp_path):
-    first, second = tar(tmp_path / "1.tar", [("top/a", b"1")]), tar(tmp_path / "2.tgz", [("top/b", b"2")], "w:gz")
+    first, second = (tar(tmp_path / "1.tar", [("top/a", b"1")]),
+                     tar(tmp_path / "2.tgz", [("top/b", b"2")], "w:gz"))
     out = unpack([first, second], tmp_path / "new" / "out")
     assert (out / "top/a").read_bytes() == b"1" and (out / "top/b").read_bytes() == b"2"
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
     with pytest.raises(FileExistsError): unpack(first, out)
 
 
-@pytest.mark.parametrize("member", [("../escaped", b"x"), ("/tmp/escaped", b"x"), ("a/../../escaped", b"x"),
-    special("link", tarfile.SYMTYPE, "/etc/passwd"), special("link", tarfile.SYMTYPE, "ok"), special("link", tarfile.LNKTYPE, "ok"),
+@pytest.mark.parametrize("member", [("../escaped", b"x"), ("/tmp/escaped", b"x"),
+                                    ("a/../../escaped", b"x"),
+    special("link", tarfile.SYMTYPE, "/etc/passwd"), special("link", tarfile.SYMTYPE, "ok"),
+                                    special("link", tarfile.LNKTYPE, "ok"),
     special("pipe", tarfile.FIFOTYPE), special("device", tarfile.CHRTYPE)], ids=str)
 def test_evil_archives_leave_nothing_behind(tmp_path, member):
     evil = tar(tmp_path / "evil.tar", [("ok", b"fine"), member])
-    with pytest.raises(ValueError, match="evil.tar cannot be unpacked"): unpack(evil, tmp_path / "in" / "out")
+    with pytest.raises(ValueError, match="evil.tar cannot be unpacked"):
+        unpack(evil, tmp_path / "in" / "out")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.tar", "in"]
 
 
 def test_a_link_cannot_be_written_through(tmp_path):
     (tmp_path / "target").mkdir()
-    evil = tar(tmp_path / "evil.tar", [special("d", tarfile.SYMTYPE, str(tmp_path / "target")), ("d/file", b"x")])
+    evil = tar(tmp_path / "evil.tar", [special("d", tarfile.SYMTYPE, str(tmp_path / "target")),
+                                       ("d/file", b"x")])
     with pytest.raises(ValueError): unpack(evil, tmp_path / "out")
     assert not list((tmp_path / "target").iterdir()) and not (tmp_path / "out").exists()
 
@@ -261,7 +277,8 @@ def test_broken_archives(tmp_path, mode):
 
 # VOC by name, from the server
 
-XML = ("<annotation><size><width>8</width><height>6</height></size><object><name>cat</name><bndbox><xmin>3</xmin><ymin>2</ymin>"
+XML = ("<annotation><size><width>8</width><height>6</height></size><object><name>cat</name>"
+       "<bndbox><xmin>3</xmin><ymin>2</ymin>"
        "<xmax>5</xmax><ymax>3</ymax></bndbox></object></annotation>").encode()
 
 
@@ -277,10 +294,13 @@ def mirror(server, tmp_path, monkeypatch):
     "A server that has miniature archives under VOC's names, and a data root that is empty."
     (tmp_path / "build").mkdir(); (tmp_path / "root").mkdir()
     archives = {}
-    for name, base, splits in (("trainval.tar", "VOCdevkit/VOC2007", ["train", "val"]), ("test.tar", "VOCdevkit/VOC2007", ["test"])):
-        body = server.files[name] = tar(tmp_path / "build" / name, members(base, splits)).read_bytes()
+    for name, base, splits in (("trainval.tar", "VOCdevkit/VOC2007", ["train", "val"]),
+                               ("test.tar", "VOCdevkit/VOC2007", ["test"])):
+        body = server.files[name] = tar(tmp_path / "build" / name,
+                                        members(base, splits)).read_bytes()
         archives.setdefault("2007", []).append((name, len(body), hashlib.md5(body).hexdigest()))
-    both = [*members("pascal-voc/VOC2007", ["train", "val", "test"]), *members("pascal-voc/VOC2012", ["train", "val"])]
+    both = [*members("pascal-voc/VOC2007", ["train", "val", "test"]),
+            *members("pascal-voc/VOC2012", ["train", "val"])]
     server.files["pascal-voc.tgz"] = tar(tmp_path / "build" / "both.tgz", both, "w:gz").read_bytes()
     monkeypatch.setenv("COURSE_DATA", str(tmp_path / "root"))
     monkeypatch.setattr(D, "_ARCHIVES", archives)
@@ -291,9 +311,11 @@ def mirror(server, tmp_path, monkeypatch):
 
 def test_voc_is_downloaded_once(mirror, server):
     data = get_data("voc2007")
-    assert [r[0].path.stem for r in (data.train, data.valid, data.test)] == ["train1", "val1", "test1"]
+    assert [r[0].path.stem for r in (data.train, data.valid,
+                                     data.test)] == ["train1", "val1", "test1"]
     assert data.train[0].boxes.tolist() == [[2, 1, 5, 3]]
-    assert [p.name for p in mirror.iterdir()] == ["VOCdevkit"] and [p.name for p in (mirror / "VOCdevkit").iterdir()] == ["VOC2007"]
+    assert [p.name for p in mirror.iterdir()] == ["VOCdevkit"]
+    assert [p.name for p in (mirror / "VOCdevkit").iterdir()] == ["VOC2007"]
     requests = len(server.log)
     get_data("voc2007")
     assert len(server.log) == requests

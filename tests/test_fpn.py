@@ -1,4 +1,5 @@
-"""Attacks on `course_lib.fpn`: shapes for all sizes, ATSS against plain Python, GIoU against torchvision."""
+"""Attacks on `course_lib.fpn`: shapes for all sizes, ATSS against plain Python, GIoU against
+torchvision."""
 import math
 import random
 import statistics
@@ -16,7 +17,9 @@ from course_lib.learn import backbone
 from course_lib.losses import SSDLoss
 
 
-def net(n_classes=3, size=64, **kwargs): return RetinaNet(n_classes, size, width=16, depth=1, body=backbone(pretrained=False, out_indices=(2, 3, 4)), **kwargs)
+def net(n_classes=3, size=64, **kwargs):
+    return RetinaNet(n_classes, size, width=16, depth=1,
+                     body=backbone(pretrained=False, out_indices=(2, 3, 4)), **kwargs)
 
 
 # ---------------------------------------------------------------- the network
@@ -32,11 +35,14 @@ def test_the_pyramid_keeps_the_size_of_every_map(sizes, extra):
 
 def test_coarse_maps_reach_fine_ones_and_not_the_other_way_round():
     torch.manual_seed(0)
-    fpn, maps = FPN((4, 6, 8), width=8, extra=0).eval(), [torch.rand(1, c, g, g, requires_grad=True) for c, g in zip((4, 6, 8), (8, 4, 2))]
+    fpn, maps = (FPN((4, 6, 8), width=8, extra=0).eval(),
+                 [torch.rand(1, c, g, g, requires_grad=True) for c, g in zip((4, 6, 8), (8, 4, 2))])
     levels = fpn(maps)
     for i, level in enumerate(levels):
-        grads = torch.autograd.grad(level.square().sum(), maps, retain_graph=True, allow_unused=True)
-        assert [g is not None and g.abs().sum().item() > 0 for g in grads] == [j >= i for j in range(3)]
+        grads = torch.autograd.grad(level.square().sum(), maps, retain_graph=True,
+                                    allow_unused=True)
+        assert [g is not None and g.abs().sum().item() > 0
+                for g in grads] == [j >= i for j in range(3)]
 
 
 def test_a_width_that_group_norm_can_not_divide():
@@ -47,8 +53,10 @@ def test_a_width_that_group_norm_can_not_divide():
 def test_outputs_and_anchors_agree_for_every_size(size):
     model = net(size=size, zooms=(3., 4.), ratios=((1, 1), (1, .5))).eval()
     with torch.no_grad(): offsets, logits = model(torch.rand(1, 3, size, size))
-    assert offsets.shape == (1, len(model.anchors), 4) and logits.shape == (1, len(model.anchors), 3)
-    torch.testing.assert_close(model.anchors, make_anchors(size, model.grids, (3., 4.), ((1, 1), (1, .5))))
+    assert offsets.shape == (1, len(model.anchors), 4)
+    assert logits.shape == (1, len(model.anchors), 3)
+    torch.testing.assert_close(model.anchors,
+                               make_anchors(size, model.grids, (3., 4.), ((1, 1), (1, .5))))
     assert .005 < logits.sigmoid().mean() < .03
 
 
@@ -71,9 +79,11 @@ def test_outputs_come_in_the_order_of_the_anchors():
 def test_every_weight_learns():
     model = net().train()
     boxes, labels = torch.tensor([[[4., 4, 40, 40], [50, 50, 60, 60]]]), torch.tensor([[0, 2]])
-    loss = SSDLoss(model.anchors, assign=partial(atss, grids=model.grids), box_losses=partial(iou_losses, anchors=model.anchors))
+    loss = SSDLoss(model.anchors, assign=partial(atss, grids=model.grids),
+                   box_losses=partial(iou_losses, anchors=model.anchors))
     loss(model(torch.rand(1, 3, 64, 64)), boxes, labels).backward()
-    missing = [name for name, p in model.named_parameters() if not name.startswith("body") and (p.grad is None or not p.grad.isfinite().all())]
+    missing = [name for name, p in model.named_parameters() if not name.startswith("body")
+               and (p.grad is None or not p.grad.isfinite().all())]
     assert missing == []
 
 
@@ -82,7 +92,8 @@ def test_it_comes_back_from_a_file(tmp_path):
     write_whole(checkpoint(model, ["a", "b", "c"]), tmp_path / "x.pth")
     again, classes = load_detector(tmp_path / "x.pth", "cpu")
     picture = torch.rand(1, 3, 64, 64)
-    with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(model(picture), again(picture)))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(picture), again(picture)))
     assert classes == ["a", "b", "c"] and again.grids == model.grids
 
 
@@ -102,16 +113,19 @@ def reference(anchors, boxes, labels, difficult, grids, k):
         if label < 0: continue
         near, start = [], 0
         for g in grids:
-            ids = sorted(range(start, start + g * g), key=lambda a: math.dist(middle(anchors[a]), middle(box)))
+            ids = sorted(range(start, start + g * g),
+                         key=lambda a: math.dist(middle(anchors[a]), middle(box)))
             near += ids[:k]
             start += g * g
         ious = {a: plain_iou(box, anchors[a]) for a in near}
         bar = statistics.mean(ious.values()) + statistics.stdev(ious.values())
         for a, value in ious.items():
             x, y = middle(anchors[a])
-            if value >= bar and value > 0 and box[0] < x < box[2] and box[1] < y < box[3]: wanted.setdefault(a, []).append((-value, n))
+            if value >= bar and value > 0 and box[0] < x < box[2] and box[1] < y < box[3]:
+                wanted.setdefault(a, []).append((-value, n))
     matched = [min(wanted[a])[1] if a in wanted else -1 for a in range(A)]
-    pairs = sorted((-plain_iou(b, anchors[a]), n, a) for n, (b, l) in enumerate(zip(boxes, labels)) if l >= 0 for a in range(A))
+    pairs = sorted((-plain_iou(b, anchors[a]), n, a) for n, (b, l) in enumerate(zip(boxes, labels))
+                   if l >= 0 for a in range(A))
     objects, taken = set(), set()
     for value, n, a in pairs:
         if value < 0 and n not in objects and a not in taken:
@@ -122,7 +136,8 @@ def reference(anchors, boxes, labels, difficult, grids, k):
 
 def picture_of(rng, n, side=96):
     corners = [(rng.uniform(-5, side - 10), rng.uniform(-5, side - 10)) for _ in range(n)]
-    return [(x, y, x + rng.uniform(2, 70), y + rng.uniform(2, 70)) for x, y in corners], [rng.choice([-1, 0, 1, 2]) for _ in range(n)], [rng.random() < .3 for _ in range(n)]
+    return ([(x, y, x + rng.uniform(2, 70), y + rng.uniform(2, 70)) for x, y in corners],
+            [rng.choice([-1, 0, 1, 2]) for _ in range(n)], [rng.random() < .3 for _ in range(n)])
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
@@ -134,7 +149,8 @@ def test_plain_python_agrees(k):
         boxes, labels, difficult = (torch.tensor([r[i] for r in rows]) for i in range(3))
         matched = atss(anchors, boxes.double(), labels, difficult, grids, k)
         for b in range(3):
-            expected = reference(anchors.tolist(), boxes[b].double().tolist(), labels[b].tolist(), difficult[b].tolist(), grids, k)
+            expected = reference(anchors.tolist(), boxes[b].double().tolist(), labels[b].tolist(),
+                                 difficult[b].tolist(), grids, k)
             assert matched[b].tolist() == expected
             seen |= {min(m, 0) for m in expected}
     assert seen == {-2, -1, 0}
@@ -143,18 +159,25 @@ def test_plain_python_agrees(k):
 def test_every_object_that_overlaps_an_anchor_gets_one_and_padding_none():
     grids = (4, 2)
     anchors = make_anchors(64, grids, (4.,), ((1, 1),))
-    boxes, labels = torch.tensor([[[1., 1, 3, 3], [60, 60, 63, 63], [0, 0, 64, 64], [900, 900, 910, 910]]]), torch.tensor([[0, 1, 2, -1]])
-    assert set(atss(anchors, boxes, labels, grids=grids)[0].tolist()) >= {0, 1, 2} and 3 not in atss(anchors, boxes, labels, grids=grids)
-    assert (atss(anchors, boxes[:, :0], labels[:, :0], grids=grids) == -1).all() and (atss(anchors, boxes, torch.full((1, 4), -1), grids=grids) == -1).all()
+    boxes, labels = torch.tensor([[[1., 1, 3, 3], [60, 60, 63, 63], [0, 0, 64, 64],
+                                   [900, 900, 910, 910]]]), torch.tensor([[0, 1, 2, -1]])
+    assert set(atss(anchors, boxes, labels, grids=grids)[0].tolist()) >= {0, 1, 2}
+    assert 3 not in atss(anchors, boxes, labels, grids=grids)
+    assert (atss(anchors, boxes[:, :0], labels[:, :0], grids=grids) == -1).all()
+    assert (atss(anchors, boxes, torch.full((1, 4), -1), grids=grids) == -1).all()
 
 
 def test_nothing_waits_for_the_host():
     anchors = make_anchors(64, (4, 2)).to("meta")
-    assert atss(anchors, torch.zeros(2, 5, 4, device="meta"), torch.zeros(2, 5, dtype=torch.long, device="meta"), torch.zeros(2, 5, dtype=torch.bool, device="meta"), (4, 2)).shape == (2, 180)
+    assert atss(anchors, torch.zeros(2, 5, 4, device="meta"),
+                torch.zeros(2, 5, dtype=torch.long, device="meta"),
+                torch.zeros(2, 5, dtype=torch.bool, device="meta"), (4, 2)).shape == (2, 180)
 
 
 def test_grids_that_are_not_those_of_the_anchors():
-    with pytest.raises(ValueError, match="grids"): atss(make_anchors(64, (4,), (1.,), ((1, 1),)), torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), grids=(3,))
+    with pytest.raises(ValueError, match="grids"):
+        atss(make_anchors(64, (4,), (1.,), ((1, 1),)), torch.zeros(1, 1, 4),
+             torch.zeros(1, 1).long(), grids=(3,))
 
 
 # ---------------------------------------------------------------- GIoU
@@ -162,14 +185,16 @@ def test_grids_that_are_not_those_of_the_anchors():
 def boxes_of(n, seed=0):
     g = torch.Generator().manual_seed(seed)
     corner = torch.rand(n, 2, generator=g, dtype=torch.double) * 50
-    return torch.cat([corner, corner + 1 + torch.rand(n, 2, generator=g, dtype=torch.double) * 50], 1)
+    return torch.cat([corner, corner + 1 + torch.rand(n, 2, generator=g, dtype=torch.double) * 50],
+                     1)
 
 
 def test_giou_is_torchvisions():
     a, b = boxes_of(500), boxes_of(500, 1)
     torch.testing.assert_close(giou(a, b), generalized_box_iou(a, b).diagonal())
     torch.testing.assert_close(1 - giou(a, b), generalized_box_iou_loss(a, b), rtol=1e-5, atol=1e-5)
-    assert (giou(a, b) <= iou(a, b) + 1e-12).all() and (giou(a, b) > -1).all() and torch.allclose(giou(a, a), torch.ones(500).double())
+    assert (giou(a, b) <= iou(a, b) + 1e-12).all() and (giou(a, b) > -1).all()
+    assert torch.allclose(giou(a, a), torch.ones(500).double())
 
 
 def test_giou_of_boxes_without_an_area_is_finite_and_its_gradient_too():
@@ -188,6 +213,9 @@ def test_gradients():
     for kind in ("giou", "ciou"):
         losses = lambda x: iou_losses(x, b[None], index, anchors, kind)
         assert losses(encode(b[index], anchors)).abs().max() < 1e-5
-        if kind == "giou": assert torch.autograd.gradcheck(losses, (offsets.clone().requires_grad_(),))
-    torch.testing.assert_close(iou_losses(offsets, b[None], index, anchors, "ciou")[0, 0], complete_box_iou_loss(decode(offsets, anchors)[0, 0], b[0]))
-    with pytest.raises(ValueError, match="diou"): iou_losses(offsets, b[None], index, anchors, "diou")
+        if kind == "giou":
+            assert torch.autograd.gradcheck(losses, (offsets.clone().requires_grad_(),))
+    torch.testing.assert_close(iou_losses(offsets, b[None], index, anchors, "ciou")[0, 0],
+                               complete_box_iou_loss(decode(offsets, anchors)[0, 0], b[0]))
+    with pytest.raises(ValueError, match="diou"):
+        iou_losses(offsets, b[None], index, anchors, "diou")

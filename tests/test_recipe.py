@@ -1,4 +1,5 @@
-"""Attacks on `course_lib.recipe`: runs that are killed, commands that are misused, two processes, averages and mirrors."""
+"""Attacks on `course_lib.recipe`: runs that are killed, commands that are misused, two processes,
+averages and mirrors."""
 import json
 import os
 import signal
@@ -46,14 +47,19 @@ def folder(tmp_path):
         (top / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names))
         for i, (name, n) in enumerate(zip(names, counts)):
             boxes = draw(top / "JPEGImages", f"{name}.png", n, i)
-            objects = "".join(f"<object><name>square</name><difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax>"
-                              f"<ymax>{y1}</ymax></bndbox></object>" for x0, y0, x1, y1 in boxes)
-            (top / "Annotations" / f"{name}.xml").write_text(f"<annotation><size><width>80</width><height>60</height></size>{objects}</annotation>")
+            objects = "".join(
+                "<object><name>square</name><difficult>0</difficult>"
+                f"<bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
+                f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>" for x0, y0, x1, y1 in boxes)
+            (top / "Annotations" / f"{name}.xml").write_text(
+                "<annotation><size><width>80</width><height>60</height></size>"
+                f"{objects}</annotation>")
     return top
 
 
 def run_of(out): return json.loads((out / "run.json").read_text())
-def curve(out): return [{k: v for k, v in row.items() if k != "seconds"} for row in run_of(out)["epochs"]]
+def curve(out):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run_of(out)["epochs"]]
 
 
 OPTIONS = dict(size=64, epochs=3, bs=4, device="cpu")
@@ -65,13 +71,16 @@ def test_a_run_leaves_what_it_promises(folder, tmp_path):
     out = tmp_path / "run"
     learn = train(str(folder), str(out), **OPTIONS)
     run = run_of(out)
-    assert [row["epoch"] for row in run["epochs"]] == [1, 2, 3] and run["classes"] == ["square"] and run["train_pictures"] == 9
+    assert [row["epoch"] for row in run["epochs"]] == [1, 2, 3] and run["classes"] == ["square"]
+    assert run["train_pictures"] == 9
     assert (out / "detections.png").stat().st_size > 1000 and not list(out.glob(".*part"))
     model, names = load_detector(out / "detector.pth", "cpu")
     assert names == ["square"] and model.size == 64
     stored = read_checkpoint(out / "last.pth")["model"]
-    assert all(torch.equal(stored[k], v) for k, v in model.state_dict().items()), "detector.pth holds the averaged weights of the last epoch"
-    assert run["epochs"][-1]["map"] == pytest.approx(learn.evaluate().map, abs=1e-6), "the last epoch's score is that of the detector it left"
+    assert all(torch.equal(stored[k], v) for k, v in model.state_dict().items()), (
+        "detector.pth holds the averaged weights of the last epoch")
+    assert run["epochs"][-1]["map"] == pytest.approx(learn.evaluate().map, abs=1e-6), (
+        "the last epoch's score is that of the detector it left")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_curve(folder, tmp_path, monkeypatch):
@@ -85,7 +94,8 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(folder, tmp_path, monkeypa
         calls.append(1)
         if len(calls) == 4: raise Stop
         return real(*args, **kwargs)
-    monkeypatch.setattr(recipe.fast_learner, "__defaults__", tuple(stop if d is real else d for d in recipe.fast_learner.__defaults__))
+    monkeypatch.setattr(recipe.fast_learner, "__defaults__",
+                        tuple(stop if d is real else d for d in recipe.fast_learner.__defaults__))
     with pytest.raises(Stop): train(str(folder), str(cut), **OPTIONS)
     assert len(curve(cut)) == 1
     monkeypatch.undo()
@@ -109,16 +119,19 @@ def test_a_finished_run_is_not_trained_again(folder, tmp_path):
 
 def test_a_folder_with_another_run_is_refused(folder, tmp_path):
     train(str(folder), str(tmp_path / "run"), **OPTIONS)
-    with pytest.raises(ValueError, match="another epochs, lr.*Name another folder"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=4, lr=1e-3))
+    with pytest.raises(ValueError, match="another epochs, lr.*Name another folder"):
+        train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=4, lr=1e-3))
 
 
 def test_a_run_does_not_go_on_with_other_pictures_or_processes(folder, tmp_path, monkeypatch):
     train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
     listing = folder / "ImageSets/Main/train.txt"
     listing.write_text("\n".join(listing.read_text().split()[:5]))
-    with pytest.raises(ValueError, match="another run|other pictures"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    with pytest.raises(ValueError, match="another run|other pictures"):
+        train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="another processes"): train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
+    with pytest.raises(ValueError, match="another processes"):
+        train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
 
 
 def test_the_last_row_is_not_lost(folder, tmp_path):
@@ -136,23 +149,31 @@ def test_growing_pictures(folder, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(model="yolo"), "model: 'yolo' is not one of retinanet, ssd"), (dict(epochs=0), "epochs: 0 must be at least 1"),
-    (dict(model="ssd", start_size=32), "only a retinanet"), (dict(start_size=128), "start_size: 128 must lie between 32 and size, 64"),
-    (dict(precision="float8"), "precision: 'float8' is not one of"), (dict(classes="sqare"), "Did you mean square"), (dict(bs=0), "bs: 0"), (dict(lr=0.), "lr: 0.0 must be above 0"), (dict(ema=1.), "ema: 1.0 must lie between 0 and 1")])
+    (dict(model="yolo"), "model: 'yolo' is not one of retinanet, ssd"),
+    (dict(epochs=0), "epochs: 0 must be at least 1"),
+    (dict(model="ssd", start_size=32), "only a retinanet"),
+    (dict(start_size=128), "start_size: 128 must lie between 32 and size, 64"),
+    (dict(precision="float8"), "precision: 'float8' is not one of"),
+    (dict(classes="sqare"), "Did you mean square"), (dict(bs=0), "bs: 0"),
+    (dict(lr=0.), "lr: 0.0 must be above 0"), (dict(ema=1.), "ema: 1.0 must lie between 0 and 1")])
 def test_arguments_that_cannot_be(options, message, folder, tmp_path):
-    with pytest.raises(ValueError, match=message): train(str(folder), str(tmp_path / "run"), **OPTIONS | options)
+    with pytest.raises(ValueError, match=message):
+        train(str(folder), str(tmp_path / "run"), **OPTIONS | options)
     assert not (tmp_path / "run" / "last.pth").exists()
 
 
 def test_out_of_memory_says_what_to_change(folder, tmp_path, monkeypatch):
-    def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(RetinaNet, "forward", full)
-    with pytest.raises(RuntimeError, match="not enough for 4 pictures of 64 px.*smaller bs"): train(str(folder), str(tmp_path / "run"), **OPTIONS)
+    with pytest.raises(RuntimeError, match="not enough for 4 pictures of 64 px.*smaller bs"):
+        train(str(folder), str(tmp_path / "run"), **OPTIONS)
 
 
 def test_half_precision_trains(folder, tmp_path):
     learn = train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(precision="bfloat16"))
-    assert not torch.is_autocast_enabled("cpu") and learn.model(torch.zeros(1, 3, 64, 64))[0].dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    assert learn.model(torch.zeros(1, 3, 64, 64))[0].dtype == torch.float32
     assert all(np.isfinite(row["loss"]) for row in curve(tmp_path / "run"))
 
 
@@ -160,41 +181,52 @@ def test_half_precision_trains(folder, tmp_path):
 
 def command(name, *args, **env):
     code = f"import sys; from course_lib.recipe import {name}; sys.argv[0] = '{name}'; {name}()"
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, args)], capture_output=True, text=True, env=os.environ | env)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, args)],
+                          capture_output=True, text=True, env=os.environ | env)
 
 
 def test_the_commands_from_training_to_json(folder, tmp_path):
     out = tmp_path / "run"
-    trained = command("course_train", "--data", folder, "--out", out, "--size", 64, "--epochs", 1, "--bs", 4, "--device", "cpu")
+    trained = command("course_train", "--data", folder, "--out", out, "--size", 64, "--epochs", 1,
+                      "--bs", 4, "--device", "cpu")
     assert trained.returncode == 0 and "epoch 1/1: 64 px, loss " in trained.stdout, trained.stderr
-    found = command("course_predict", out / "detector.pth", folder / "JPEGImages/val0.png", folder / "JPEGImages", "--out", tmp_path / "drawn", "--score", .01)
+    found = command("course_predict", out / "detector.pth", folder / "JPEGImages/val0.png",
+                    folder / "JPEGImages", "--out", tmp_path / "drawn", "--score", .01)
     assert found.returncode == 0, found.stderr
     results = json.loads(found.stdout)
-    assert len(results) == 15 and all(o["label"] == "square" and len(o["box"]) == 4 for r in results for o in r["objects"])
+    assert len(results) == 15
+    assert all(o["label"] == "square" and len(o["box"]) == 4 for r in results for o in r["objects"])
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 14
 
 
 @pytest.mark.parametrize("name, args, message", [
     ("course_train", ["--data", "nowhere"], "course_train: source: 'nowhere' is neither"),
     ("course_train", ["--model", "yolo"], "course_train: model: 'yolo'"),
-    ("course_predict", ["no.pth", "a.png"], "course_predict: checkpoint: there is no file 'no.pth'")])
+    ("course_predict", ["no.pth", "a.png"], "course_predict: checkpoint: there is no "
+     "file 'no.pth'")])
 def test_mistakes_are_one_sentence(name, args, message, tmp_path):
     said = command(name, *args, COURSE_DATA=str(tmp_path))
-    assert said.returncode == 1 and message in said.stderr and "Traceback" not in said.stderr and len(said.stderr.splitlines()) == 1
+    assert said.returncode == 1 and message in said.stderr and "Traceback" not in said.stderr
+    assert len(said.stderr.splitlines()) == 1
 
 
 def test_help_names_every_argument():
     said = command("course_train", "--help")
-    assert said.returncode == 0 and all(f"--{name} " in said.stdout for name in ("data", "model", "size", "epochs", "start_size")), said.stdout
+    assert said.returncode == 0
+    assert all(f"--{name} " in said.stdout for name in ("data", "model", "size", "epochs",
+                                                        "start_size")), said.stdout
 
 
 def test_a_killed_process_goes_on(folder, tmp_path):
     "SIGKILL as soon as the first epoch is on disk; then the same command again."
-    args = ["--data", folder, "--out", tmp_path / "cut", "--size", 64, "--epochs", 4, "--bs", 4, "--device", "cpu"]
+    args = ["--data", folder, "--out", tmp_path / "cut", "--size", 64, "--epochs", 4, "--bs", 4,
+            "--device", "cpu"]
     code = "import sys; from course_lib.recipe import course_train; course_train()"
-    first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, args)], stdout=subprocess.DEVNULL)
+    first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, args)],
+                             stdout=subprocess.DEVNULL)
     end = time.time() + 120
-    while not (tmp_path / "cut/last.pth").exists() and time.time() < end and first.poll() is None: time.sleep(.02)
+    while not (tmp_path / "cut/last.pth").exists() and time.time() < end and first.poll() is None:
+        time.sleep(.02)
     first.send_signal(signal.SIGKILL); first.wait()
     assert (tmp_path / "cut/last.pth").exists()
     assert command("course_train", *args).returncode == 0
@@ -204,17 +236,23 @@ def test_a_killed_process_goes_on(folder, tmp_path):
 
 
 def test_two_processes_train_one_detector(folder, tmp_path):
-    "torchrun, two CPU processes over gloo: one set of files, the held-out pictures scored whole, the weights those of both."
+    """torchrun, two CPU processes over gloo: one set of files, the held-out pictures scored whole,
+    the weights those of both."""
     out = tmp_path / "run"
     port = 29500 + os.getpid() % 1000
     code = "import sys; from course_lib.recipe import course_train; course_train()"
     (tmp_path / "go.py").write_text(code)
-    run = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), str(tmp_path / "go.py"),
-                          "--data", str(folder), "--out", str(out), "--size", "64", "--epochs", "2", "--bs", "2", "--device", "cpu"],
-                         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"), timeout=300)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
+                          "--nproc-per-node", "2", "--master-port", str(port),
+                          str(tmp_path / "go.py"),
+                          "--data", str(folder), "--out", str(out), "--size", "64", "--epochs", "2",
+                          "--bs", "2", "--device", "cpu"],
+                         capture_output=True, text=True, env=os.environ
+                         | dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"), timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     result = run_of(out)
-    assert result["machine"]["processes"] == 2 and [row["epoch"] for row in result["epochs"]] == [1, 2]
+    assert result["machine"]["processes"] == 2
+    assert [row["epoch"] for row in result["epochs"]] == [1, 2]
     assert run.stdout.count("epoch 2/2") == 1
     learn = train(str(folder), str(tmp_path / "one"), **OPTIONS | dict(epochs=1))
     learn.load(out / "detector.pth", with_opt=False)
@@ -228,7 +266,8 @@ def tiny(n=6):
     def record(i):
         path = Path(os.environ["PICTURES"]) / f"{i}.png"
         boxes = draw(path.parent, path.name, 1, i)
-        return Record(path, torch.tensor(boxes).float(), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool), (80, 60))
+        return Record(path, torch.tensor(boxes).float(), torch.zeros(1, dtype=torch.long),
+                      torch.zeros(1, dtype=torch.bool), (80, 60))
     return Data([record(i) for i in range(n)], [record(i) for i in range(n, n + 3)], [], ["square"])
 
 
@@ -239,7 +278,8 @@ def data(tmp_path, monkeypatch):
 
 
 def test_the_average_by_hand(data):
-    "With decay .9 the average is 1/11 old, 10/11 new after a step, then 2/12 and 10/12, and so on; the model has it after the fit."
+    """With decay .9 the average is 1/11 old, 10/11 new after a step, then 2/12 and 10/12, and so
+    on; the model has it after the fit."""
     learn = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3, device="cpu")
     expected, seen = learn.model.logits.bias.detach().clone(), []
     class Watch(EMA):
@@ -251,12 +291,14 @@ def test_the_average_by_hand(data):
                 expected = keep * expected + (1 - keep) * self.learn.model.logits.bias.detach()
                 seen.append(keep)
     with learn.no_bar(), learn.no_logging(): one_cycle(learn, 2, 1e-2, cbs=[Watch(.9)])
-    assert seen[:2] == [1 / 11, 2 / 12] and torch.allclose(learn.model.logits.bias, expected, atol=1e-6)
+    assert seen[:2] == [1 / 11, 2 / 12]
+    assert torch.allclose(learn.model.logits.bias, expected, atol=1e-6)
 
 
 def test_an_average_can_be_used_again(data):
     "A second fit starts from the weights that the first one left, not from an old average."
-    learn, ema = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3, device="cpu"), EMA(.9)
+    learn, ema = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3,
+                              device="cpu"), EMA(.9)
     with learn.no_bar(), learn.no_logging():
         one_cycle(learn, 1, 1e-2, cbs=[ema])
         assert ema.average is None and ema.steps == 0
@@ -267,19 +309,22 @@ def test_an_average_can_be_used_again(data):
 
 def test_saving_with_the_optimiser(data, tmp_path):
     "A learner with one of PyTorch's own optimisers can be saved and loaded with its state."
-    make = lambda: fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3, device="cpu")
+    make = lambda: fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=3,
+                                device="cpu")
     first, second = make(), make()
     with first.no_bar(), first.no_logging(): one_cycle(first, 1, 1e-2)
     second.load(first.save(tmp_path / "a.pth"))
     a, b = first.opt.state_dict(), second.opt.state_dict()
-    assert a["param_groups"][0]["lr"] == b["param_groups"][0]["lr"] and len(a["state"]) == len(b["state"]) > 0
+    assert a["param_groups"][0]["lr"] == b["param_groups"][0]["lr"]
+    assert len(a["state"]) == len(b["state"]) > 0
     assert all(torch.equal(a["state"][k]["exp_avg"], b["state"][k]["exp_avg"]) for k in a["state"])
     with second.no_bar(), second.no_logging(): one_cycle(second, 1, 1e-3)
 
 
 def test_sizes_that_grow_by_hand():
     grow = Grow(128, 224, share=.6)
-    assert [grow.size_at(e / 10) for e in range(10)] == [128, 128, 160, 160, 192, 192, 224, 224, 224, 224]
+    assert [grow.size_at(e / 10) for e in range(10)] == [128, 128, 160, 160, 192, 192, 224, 224,
+                                                         224, 224]
     assert Grow(224, 224).size_at(0) == 224
 
 
@@ -289,33 +334,42 @@ def test_a_resized_network_answers_as_one_made_for_that_size():
     large.load_state_dict(small.state_dict())
     small.resize(96)
     x = torch.rand(1, 3, 96, 96)
-    assert torch.equal(small.anchors, large.anchors) and small.grids == large.grids and small.settings == large.settings
+    assert torch.equal(small.anchors, large.anchors) and small.grids == large.grids
+    assert small.settings == large.settings
     with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(small(x), large(x)))
 
 
-@pytest.mark.parametrize("make", [lambda: RetinaNet(3, 64, width=16, depth=1, body=body()), lambda: RetinaNet(2, 72, width=16, ratios=((1, 1), (1, .5)), body=body()),
-                                  lambda: SSD(3, 64, grids=(2, 1), body=backbone(pretrained=False))])
+@pytest.mark.parametrize("make", [lambda: RetinaNet(3, 64, width=16, depth=1, body=body()),
+                                  lambda: RetinaNet(2, 72, width=16, ratios=((1, 1), (1, .5)),
+                                                    body=body()),
+                                  lambda: SSD(3, 64, grids=(2, 1),
+                                              body=backbone(pretrained=False))])
 def test_a_mirrored_detector_is_symmetric(make):
     "The answers for a mirrored picture are the mirrored answers, whatever the weights."
     set_seed(0)
     net = Flipped(make().eval())
     x = torch.rand(2, 3, net.size, net.size)
     with torch.no_grad(): (o, l), (o2, l2) = net(x), net(x.flip(3))
-    assert torch.allclose(l2, l[:, net.twin], atol=1e-4) and torch.allclose(o2, o[:, net.twin] * torch.tensor([-1, 1, 1, 1]), atol=1e-4)
+    assert torch.allclose(l2, l[:, net.twin], atol=1e-4)
+    assert torch.allclose(o2, o[:, net.twin] * torch.tensor([-1, 1, 1, 1]), atol=1e-4)
     assert torch.equal(net.twin[net.twin], torch.arange(len(net.anchors)))
 
 
 def test_schedules(data):
     for flat in (False, True):
-        learn = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=2, device="cpu")
+        learn = fast_learner(data, RetinaNet(1, 64, width=16, depth=1, body=body()), bs=2,
+                             device="cpu")
         with learn.no_bar(), learn.no_logging(): one_cycle(learn, 4, 1e-2, flat=flat)
         rates = learn.recorder.lrs
-        assert max(rates) == pytest.approx(1e-2, rel=.05) and rates[0] < 1e-3 and (rates[-1] > 9e-3 if flat else rates[-1] < 1e-3)
+        assert max(rates) == pytest.approx(1e-2, rel=.05) and rates[0] < 1e-3
+        assert (rates[-1] > 9e-3 if flat else rates[-1] < 1e-3)
         assert [h["lr"] for h in learn.opt.hypers][0] == pytest.approx(rates[-1] / 100)
 
 
 def test_predicting_files(folder, tmp_path):
     train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(epochs=1))
-    results = predict_files(str(tmp_path / "run/detector.pth"), [str(folder / "JPEGImages")], out="", score=0.)
+    results = predict_files(str(tmp_path / "run/detector.pth"), [str(folder / "JPEGImages")],
+                            out="", score=0.)
     assert len(results) == 14 and all(r["objects"] for r in results)
-    with pytest.raises(FileNotFoundError, match="no picture in"): predict_files(str(tmp_path / "run/detector.pth"), [str(folder / "Annotations")], out="")
+    with pytest.raises(FileNotFoundError, match="no picture in"):
+        predict_files(str(tmp_path / "run/detector.pth"), [str(folder / "Annotations")], out="")

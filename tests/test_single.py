@@ -12,7 +12,8 @@ from course_lib.single import SingleHead, SingleLoss, predict_largest
 @pytest.mark.parametrize("size, cells", [(128, 4), (224, 7), (130, 5), (32, 1)])
 def test_head_fits_the_map_of_its_size(size, cells):
     boxes, logits = SingleHead(8, 5, size).eval()(torch.randn(3, 8, cells, cells))
-    assert boxes.shape == (3, 4) and logits.shape == (3, 5) and (boxes > 0).all() and (boxes < size).all()
+    assert boxes.shape == (3, 4) and logits.shape == (3, 5) and (boxes > 0).all()
+    assert (boxes < size).all()
 
 
 def test_head_without_classes():
@@ -25,7 +26,8 @@ def test_loss_is_the_sum_of_its_parts_and_skips_empty_pictures():
     boxes, logits = torch.rand(5, 4) * 100, torch.randn(5, 3)
     true, labels = torch.rand(5, 1, 4) * 100, torch.tensor([[2], [-1], [0], [1], [-1]])
     has = labels[:, 0] >= 0
-    expected = 7 * F.l1_loss(boxes[has], true[has, 0]) / 100 + F.cross_entropy(logits[has], labels[has, 0])
+    expected = (7 * F.l1_loss(boxes[has], true[has, 0]) / 100
+                + F.cross_entropy(logits[has], labels[has, 0]))
     torch.testing.assert_close(SingleLoss(100, 7.)((boxes, logits), true, labels), expected)
 
 
@@ -38,9 +40,11 @@ def test_loss_of_a_batch_without_objects_is_zero_with_zero_gradient():
 
 def test_loss_gradients():
     torch.manual_seed(1)
-    boxes, logits = torch.rand(3, 4, dtype=torch.double, requires_grad=True), torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+    boxes, logits = (torch.rand(3, 4, dtype=torch.double, requires_grad=True),
+                     torch.randn(3, 4, dtype=torch.double, requires_grad=True))
     true, labels = torch.rand(3, 1, 4, dtype=torch.double), torch.tensor([[1], [-1], [3]])
-    assert torch.autograd.gradcheck(lambda b, l: SingleLoss(1.)((b, l), true, labels), (boxes, logits))
+    assert torch.autograd.gradcheck(lambda b, l: SingleLoss(1.)((b, l), true, labels),
+                                    (boxes, logits))
 
 
 class Constant(nn.Module):
@@ -54,9 +58,11 @@ def test_prediction_comes_back_in_the_pictures_own_pixels(tmp_path):
     Image.new("RGB", (640, 128)).save(path)
     for picture in (path, str(path), Image.open(path), Image.new("L", (640, 128))):
         box, name, probability = predict_largest(model.train(), picture, ["a", "b"])
-        assert box.tolist() == [160, 64, 480, 128] and name == "b" and .99 < probability <= 1 and model.training
+        assert box.tolist() == [160, 64, 480, 128] and name == "b" and .99 < probability <= 1
+        assert model.training
 
 
 def test_prediction_of_a_missing_picture_names_it():
     with pytest.raises(FileNotFoundError, match="nowhere.jpg"):
-        predict_largest(nn.Sequential(backbone(pretrained=False), Constant()), "nowhere.jpg", ["a", "b"])
+        predict_largest(nn.Sequential(backbone(pretrained=False), Constant()), "nowhere.jpg",
+                        ["a", "b"])

@@ -1,4 +1,5 @@
-"""Attacks on `course_lib.start`: versions at the edges, broken installations, missing folders, hidden GPUs."""
+"""Attacks on `course_lib.start`: versions at the edges, broken installations, missing folders,
+hidden GPUs."""
 import importlib.metadata, os, re, subprocess, sys, types
 from pathlib import Path
 import pytest
@@ -6,15 +7,18 @@ from hypothesis import given, strategies as st
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from course_lib import start
-from course_lib.start import (Check, Machine, check_data, check_gpu, check_machine, check_memory, check_pair, check_version,
-                              check_weights, data_root, data_sets, judge, memory_gb, project_root, requirements, spell, why_no_gpu)
+from course_lib.start import (Check, Machine, check_data, check_gpu, check_machine, check_memory,
+                              check_pair, check_version,
+                              check_weights, data_root, data_sets, judge, memory_gb, project_root,
+                              requirements, spell, why_no_gpu)
 
 BOUNDS = SpecifierSet(">=2.11,!=2.13.0,<2.16")
 
 
 def voc(root, name, n=0):
     "An empty data set in VOC's layout, with n pictures"
-    for part in ("ImageSets/Main", "JPEGImages", "Annotations"): (root / name / part).mkdir(parents=True)
+    for part in ("ImageSets/Main", "JPEGImages", "Annotations"):
+        (root / name / part).mkdir(parents=True)
     for i in range(n): (root / name / "JPEGImages" / f"{i}.jpg").touch()
 
 
@@ -35,16 +39,21 @@ def test_judge(version, verdict): assert judge(version, BOUNDS) == verdict
 
 
 @pytest.mark.parametrize("spec, version, verdict", [
-    ("", "0.0.1", "ok"), ("==0.1.0", "0.1.0", "ok"), ("==0.1.0", "0.2", "too new"), ("==0.1.0", "0.0.9", "too old"),
-    ("==2.4.*", "2.4.7", "ok"), ("==2.4.*", "2.5", "too new"), ("~=1.4.2", "1.3", "too old"), ("~=1.4.2", "1.5", "too new"),
+    ("", "0.0.1", "ok"), ("==0.1.0", "0.1.0", "ok"), ("==0.1.0", "0.2", "too new"),
+    ("==0.1.0", "0.0.9", "too old"),
+    ("==2.4.*", "2.4.7", "ok"), ("==2.4.*", "2.5", "too new"), ("~=1.4.2", "1.3", "too old"),
+    ("~=1.4.2", "1.5", "too new"),
     (">=1.0,<1.1", "1.1.dev1", "too new"), ("<=2", "2.1", "too new"), (">2", "2", "too old")])
-def test_judge_other_bounds(spec, version, verdict): assert judge(version, SpecifierSet(spec)) == verdict
+def test_judge_other_bounds(spec, version, verdict):
+    assert judge(version, SpecifierSet(spec)) == verdict
 
 
-@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30),
+       st.integers(0, 30))
 def test_judge_agrees_with_the_order_of_numbers(lo, width, minor, major, extra):
     spec, version = SpecifierSet(f">={lo}.{minor},<{lo + width + 1}"), f"{major}.{extra}"
-    want = "too old" if (major, extra) < (lo, minor) else "too new" if major >= lo + width + 1 else "ok"
+    want = ("too old" if (major, extra) < (lo, minor) else "too new" if major >= lo + width + 1
+            else "ok")
     assert judge(version, spec) == want
 
 
@@ -62,22 +71,28 @@ def test_requirements_are_those_of_settings_ini():
 
 
 def test_requirements_without_a_project_come_from_pip(monkeypatch, tmp_path):
-    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = somebody_elses\nrequirements = kettle>=3\n")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = somebody_elses\nrequirements = "
+                                           "kettle>=3\n")
     monkeypatch.setattr(start, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2.11,<2.16", 'pytest>=8; extra == "dev"', "ipywidgets"])
+    monkeypatch.setattr(importlib.metadata, "requires",
+                        lambda name: ["torch>=2.11,<2.16", 'pytest>=8; extra == "dev"',
+                                      "ipywidgets"])
     assert requirements() == {"torch": SpecifierSet(">=2.11,<2.16"), "ipywidgets": SpecifierSet("")}
 
 
 def test_a_missing_package_says_how_to_install_it():
     check = check_version("no-such-package-at-all", SpecifierSet(">=2"))
-    assert check.state == "fix" and check.found == "not installed" and 'pip install "no-such-package-at-all>=2"' in check.todo
+    assert check.state == "fix" and check.found == "not installed"
+    assert 'pip install "no-such-package-at-all>=2"' in check.todo
 
 
 def test_an_old_package_is_a_line_of_the_report(monkeypatch):
     real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name in ("timm", "pillow") else real(name))
+    monkeypatch.setattr(importlib.metadata, "version",
+                        lambda name: "0.1" if name in ("timm", "pillow") else real(name))
     machine = check_machine()
-    assert not machine.ok and machine["timm"].found == "0.1 is too old" and machine["pillow"].state == "fix"
+    assert not machine.ok and machine["timm"].found == "0.1 is too old"
+    assert machine["pillow"].state == "fix"
     assert "Not ready" in repr(machine) and "- timm: " in repr(machine)
 
 
@@ -88,10 +103,12 @@ def test_pair_works_here(): assert check_pair().state == "ok"
 
 def test_a_pair_that_does_not_fit_is_told(monkeypatch):
     import torchvision
-    def broken(*args): raise RuntimeError("operator torchvision::nms does not exist\nand a long second line")
+    def broken(*args):
+        raise RuntimeError("operator torchvision::nms does not exist\nand a long second line")
     monkeypatch.setattr(torchvision.ops, "nms", broken)
     check = check_pair()
-    assert check.state == "fix" and "nms does not exist" in check.found and "second line" not in check.found
+    assert check.state == "fix" and "nms does not exist" in check.found
+    assert "second line" not in check.found
 
 
 def test_a_torchvision_that_does_not_import_is_told(monkeypatch):
@@ -109,7 +126,8 @@ def test_an_error_without_words_does_not_break_the_check(monkeypatch):
 
 def test_the_module_needs_no_torch_to_be_imported():
     done = python("import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-                  "from course_lib.start import check_machine; m = check_machine(); print(m.ok); print(m)")
+                  "from course_lib.start import check_machine; m = check_machine(); "
+                  "print(m.ok); print(m)")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("False") and "PyTorch does not import" in done.stdout
 
@@ -130,7 +148,8 @@ def test_memory_unknown_as_on_windows(monkeypatch):
 
 def test_little_memory_and_little_shared_memory_get_advice(monkeypatch):
     monkeypatch.setattr(start, "memory_gb", lambda: 2.0)
-    monkeypatch.setattr(start.shutil, "disk_usage", lambda p: types.SimpleNamespace(total=64 * 2**20, free=10**9))
+    monkeypatch.setattr(start.shutil, "disk_usage",
+                        lambda p: types.SimpleNamespace(total=64 * 2**20, free=10**9))
     todo = {c.what: c.todo for c in check_memory()}
     assert "batches of 16" in todo["memory"]
     if Path("/dev/shm").is_dir(): assert "--shm-size" in todo["shared memory"]
@@ -144,13 +163,15 @@ def no_gpu(monkeypatch, driver=True, cuda="13.0"):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(start.shutil, "which", lambda name, **kw: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr(start.shutil, "which", lambda name, **kw: "/usr/bin/nvidia-smi" if driver
+                        else None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.mark.parametrize("driver, cuda, hidden, word", [
     (False, "13.0", None, "no NVIDIA driver"), (True, None, None, "processor only"),
-    (True, "13.0", "", "CUDA_VISIBLE_DEVICES"), (True, "13.0", "-1", "CUDA_VISIBLE_DEVICES"), (True, "13.0", None, "CUDA does not start")])
+    (True, "13.0", "", "CUDA_VISIBLE_DEVICES"), (True, "13.0", "-1", "CUDA_VISIBLE_DEVICES"),
+    (True, "13.0", None, "CUDA does not start")])
 def test_each_reason_for_no_gpu_has_its_own_words(monkeypatch, driver, cuda, hidden, word):
     no_gpu(monkeypatch, driver, cuda)
     if hidden is not None: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -163,7 +184,9 @@ def test_each_reason_for_no_gpu_has_its_own_words(monkeypatch, driver, cuda, hid
 def test_an_old_driver_speaks_for_itself(monkeypatch):
     import torch, warnings
     no_gpu(monkeypatch)
-    def warn(): warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\nmore"); return False
+    def warn():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\nmore")
+        return False
     monkeypatch.setattr(torch.cuda, "is_available", warn)
     assert why_no_gpu()[0].endswith("driver on your system is too old")
 
@@ -179,7 +202,8 @@ def a_gpu(monkeypatch, gb=16, major=8, n=1):
 
 
 @pytest.mark.parametrize("gb, major, n, state, words", [
-    (16, 8, 1, "ok", "NVIDIA Toy, 16 GB"), (80, 9, 8, "ok", "8 x NVIDIA Toy"), (4, 7, 1, "note", "bfloat16: no"), (24, 8, 1, "ok", "bfloat16: yes")])
+    (16, 8, 1, "ok", "NVIDIA Toy, 16 GB"), (80, 9, 8, "ok", "8 x NVIDIA Toy"),
+    (4, 7, 1, "note", "bfloat16: no"), (24, 8, 1, "ok", "bfloat16: yes")])
 def test_a_gpu_is_described(monkeypatch, gb, major, n, state, words):
     a_gpu(monkeypatch, gb, major, n)
     check = check_gpu()
@@ -190,7 +214,9 @@ def test_a_gpu_is_described(monkeypatch, gb, major, n, state, words):
 def test_a_gpu_that_pytorch_cannot_use_is_no_gpu(monkeypatch):
     import torch
     a_gpu(monkeypatch)
-    def fail(*a, **kw): raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nlong tail")
+    def fail(*a, **kw):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the "
+                           "device\nlong tail")
     monkeypatch.setattr(torch, "ones", fail)
     assert check_gpu().state == "fix" and "long tail" not in check_gpu().todo
     with pytest.raises(RuntimeError, match="no kernel image"): check_machine(gpu=True)
@@ -227,7 +253,8 @@ def test_course_data_is_obeyed_and_may_start_with_a_tilde(monkeypatch, tmp_path)
 
 def test_a_folder_that_is_not_there_is_an_error_and_is_not_made(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path / "unmounted"))
-    with pytest.raises(FileNotFoundError, match="COURSE_DATA.*unmounted.*no such folder"): data_root()
+    with pytest.raises(FileNotFoundError, match="COURSE_DATA.*unmounted.*no such folder"):
+        data_root()
     assert not (tmp_path / "unmounted").exists()
     machine = check_machine()
     assert machine["data folder"].state == "fix" and not machine.ok
@@ -240,7 +267,8 @@ def test_course_data_that_is_a_file_is_an_error(monkeypatch, tmp_path):
 
 
 def test_data_sets_are_found_at_three_depths_and_no_deeper(tmp_path):
-    voc(tmp_path, "pocket", 3); voc(tmp_path, "VOCdevkit/VOC2007", 2); voc(tmp_path, "a/b/c"); voc(tmp_path, "a/b2/c/too_deep")
+    voc(tmp_path, "pocket", 3); voc(tmp_path, "VOCdevkit/VOC2007", 2); voc(tmp_path, "a/b/c")
+    voc(tmp_path, "a/b2/c/too_deep")
     (tmp_path / "a file").touch(); (tmp_path / "empty").mkdir()
     assert data_sets(tmp_path) == {"pocket": 3, "VOCdevkit/VOC2007": 2, "a/b/c": 0}
 
@@ -249,8 +277,10 @@ def test_data_sets_of_an_empty_folder(tmp_path): assert data_sets(tmp_path) == {
 
 
 @pytest.mark.parametrize("wanted, there, missing", [
-    ("voc2007", ["VOCdevkit/VOC2007"], None), ("voc0712", ["VOCdevkit/VOC2007"], "voc2012 not found"),
-    ("voc0712", ["voc2007", "voc2012"], None), ("voc2007", [], "voc2007 not found"), ("voc2007", ["VOC2007-animals"], "voc2007 not found"),
+    ("voc2007", ["VOCdevkit/VOC2007"], None), ("voc0712", ["VOCdevkit/VOC2007"],
+                                               "voc2012 not found"),
+    ("voc0712", ["voc2007", "voc2012"], None), ("voc2007", [], "voc2007 not found"),
+    ("voc2007", ["VOC2007-animals"], "voc2007 not found"),
     ("pocket", [], None), ("no/such/annotations.json", [], "no/such/annotations.json not found")])
 def test_the_data_set_that_is_wanted(monkeypatch, tmp_path, wanted, there, missing):
     for name in there: voc(tmp_path, name)
@@ -267,7 +297,8 @@ def test_a_path_of_ones_own_may_be_wanted(monkeypatch, tmp_path):
 
 def test_a_full_disk_gets_advice(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    monkeypatch.setattr(start.shutil, "disk_usage", lambda p: types.SimpleNamespace(total=10**11, free=2**30))
+    monkeypatch.setattr(start.shutil, "disk_usage",
+                        lambda p: types.SimpleNamespace(total=10**11, free=2**30))
     check = next(c for c in check_data() if c.what == "data folder")
     assert check.state == "note" and "6 GB" in check.todo
 
@@ -283,7 +314,8 @@ def test_missing_weights_are_told(monkeypatch):
 def test_the_report_shows_no_path_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path)); voc(tmp_path, "pocket", 1)
     text = repr(check_machine())
-    assert str(tmp_path) not in text and str(project_root()) not in text and str(Path.home()) not in text
+    assert str(tmp_path) not in text and str(project_root()) not in text
+    assert str(Path.home()) not in text
     assert "pocket (1 picture)" in text
 
 
@@ -302,7 +334,8 @@ def test_machine_by_name():
     with pytest.raises(KeyError, match="coffee"): machine["coffee"]
 
 
-@pytest.mark.parametrize("value, want", [("1", True), ("true", True), ("", False), ("0", False), ("False", False), (None, False)])
+@pytest.mark.parametrize("value, want", [("1", True), ("true", True), ("", False), ("0", False),
+                                         ("False", False), (None, False)])
 def test_in_test_reads_the_variable(value, want):
     done = python("from course_lib.start import IN_TEST; print(IN_TEST)", IN_TEST=value)
     assert done.stdout.strip() == str(want), done.stderr
