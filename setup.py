@@ -10,7 +10,8 @@ cfg = config["DEFAULT"]
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
-    license="Apache-2.0", packages=[cfg["lib_path"]], python_requires=f">={cfg['min_python']},<3.14",
+    license="Apache-2.0", packages=[cfg["lib_path"]], package_data={cfg["lib_path"]: ["weights/*"]},
+    python_requires=f">={cfg['min_python']},<3.14",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",

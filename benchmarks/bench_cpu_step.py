@@ -1,7 +1,7 @@
 """What a training step without a GPU costs: the backbone's forward and backward pass in three
 set-ups, side by side.
 
-python benchmarks/bench_cpu_step.py        # writes benchmarks/results/cpu_step.json
+    python benchmarks/bench_cpu_step.py        # writes benchmarks/results/cpu_step.json
 
 `plain` is PyTorch as it comes; `channels_last` is what `backbone` and `dataloaders` use;
 `keep_memory` adds what `dataloaders` does on a CPU. Each runs in a process of its own, in turn,

@@ -1,8 +1,8 @@
 """What a training step costs: the course's pyramid beside torchvision's RetinaNet on the same
 backbone, 224 px, batches of 32.
 
-python benchmarks/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
-step_cuda.json)
+    python benchmarks/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
+        step_cuda.json)
 
 A step starts from bytes in memory: transform, forward, loss, backward, optimiser. `ours` is
 what `course_train` does (early half of the body frozen), `whole` trains the whole body, as

@@ -1,10 +1,12 @@
 """Lessons 3 to 5 on real photographs: the largest object's class, its box, and both from one
 network.
 
-python benchmarks/single_object.py                       # the three models, scored on the
-validation split python benchmarks/single_object.py --tune                # tries settings: a
-fifth of the training split is the judge, # the validation split stays closed python
-benchmarks/single_object.py --models joint --data path/to/a/folder/in/VOC/layout
+    python benchmarks/single_object.py                       # the three models, scored on the
+        validation split
+    python benchmarks/single_object.py --tune                # tries settings: a fifth of the
+        training split is the judge,
+                                                             # the validation split stays closed
+    python benchmarks/single_object.py --models joint --data path/to/a/folder/in/VOC/layout
 
 Needs `data/VOC2012-animals`: `python benchmarks/make_animals.py` makes it from VOC2012. All
 three models have the same backbone, data, transforms, budget and seed. Results go to

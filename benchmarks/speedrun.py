@@ -1,19 +1,23 @@
 """From JPEG files to the final mAP: how many seconds the recipe takes, phase by phase, and how
 they grow with pictures and size.
 
-python benchmarks/speedrun.py                                     # 320 px, 8 epochs of
-VOC2012-animals, and the short runs that show how time grows python benchmarks/speedrun.py
---runs ten-160 ten-224 ten-320      # what ten minutes buy, everything included, at three sizes
-python benchmarks/speedrun.py --data voc0712 --epochs 24 --runs whole --split test       # for
-who has a GPU and an hour: VOC07+12, scored on VOC07's test split
+    python benchmarks/speedrun.py                                     # 320 px, 8 epochs of
+        VOC2012-animals, and the short runs that show how time grows
+    python benchmarks/speedrun.py --runs ten-160 ten-224 ten-320      # what ten minutes buy,
+        everything included, at three sizes
+    python benchmarks/speedrun.py --data voc0712 --epochs 24 --runs whole --split test       #
+        for who has a GPU and an hour: VOC07+12, scored on VOC07's test split
 
 A process of its own for each run, nothing cached between them but what the operating system
-keeps of the files. The phases: imports      Python and its libraries annotations  boxes and
-names of all pictures pictures     every JPEG decoded and resized, once; bytes kept in memory,
-on the GPU where there is one network      model, ImageNet weights, optimiser, and the first
-batch (on a GPU: its libraries start here; with --compiled: compiling) training     the epochs,
-without a look at the held-out pictures scoring      detections in all held-out pictures, and
-their mAP
+    keeps of the files. The phases:
+  imports      Python and its libraries
+  annotations  boxes and names of all pictures
+  pictures     every JPEG decoded and resized, once; bytes kept in memory, on the GPU where there
+      is one
+  network      model, ImageNet weights, optimiser, and the first batch (on a GPU: its libraries
+      start here; with --compiled: compiling)
+  training     the epochs, without a look at the held-out pictures
+  scoring      detections in all held-out pictures, and their mAP
 
 `whole` is the run that counts: --size, --epochs and all pictures. `half` and `quarter` are one
 epoch with a part of the pictures, `160` to `320` one epoch at that size; their mAP says nothing

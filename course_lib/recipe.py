@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'one_cycle', 'EMA', 'Grow', 'Flipped', 'Half', 'EpochLoss', 'Epochs', 'fast_learner', 'machine',
-           'write_json', 'Keep', 'go_on', 'Together', 'train', 'predict_files', 'course_train', 'course_predict']
+           'write_json', 'Keep', 'go_on', 'Together', 'Watch', 'train', 'predict_files', 'course_train',
+           'course_predict']
 
 # %% ../nbs/13_recipe.ipynb #d39afed7
 import json, math, os, platform, sys, time, traceback
@@ -24,6 +25,7 @@ from .start import cpu_count
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import display
 from accelerate import Accelerator
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, combined_cos
@@ -249,6 +251,31 @@ class Together(DistributedTrainer):
     themselves."""
     def _wrap_dl(self, dl): return dl
 
+# %% ../nbs/13_recipe.ipynb #watchcls1
+class Watch(Callback):
+    """Show what is found in a few pictures before training, after the first epoch and at the end:
+    all answers above .3, or the three surest."""
+    order = 80
+    def __init__(self, records, out, ema): self.records, self.out, self.ema = records, out, ema
+    def before_train(self):
+        if not self.epoch: self.look("before training")
+    def after_validate(self):
+        done = self.epoch + 1
+        if done in (1, self.n_epoch):
+            with self.ema.averaged(): self.look(f"after {done} epoch{'s' * (done > 1)}", done)
+    def look(self, when, done=0):
+        n = len(self.records)
+        fig, axes = plt.subplots(1, n, figsize=(3 * n, 3.3), squeeze=False, layout="constrained")
+        found = predict(get_model(self.model), self.records, score=0.)
+        for ax, record, one in zip(axes[0], self.records, found):
+            keep = max(3, int((one["scores"] > .3).sum()))
+            one = {k: v[:keep] for k, v in one.items()}
+            show_detections(record, one, self.learn.classes, score=0., ax=ax, title=when)
+        fig.savefig(self.out / f"watch-{done:02}.png", dpi=80)
+        display(fig)
+        plt.close(fig)
+
+
 # %% ../nbs/13_recipe.ipynb #0cfd73b9
 MODELS = {"retinanet": RetinaNet, "ssd": SSD}
 
@@ -280,12 +307,13 @@ def _same_run(path, settings):
     return True
 
 # %% ../nbs/13_recipe.ipynb #e35ec1ee
-def _callbacks(learn, s, out, run, average, accelerator):
+def _callbacks(learn, s, out, run, average, watch, accelerator):
     "What `train` adds to the training loop."
     cbs = [average, Keep(out, run, average)]
     if s["start_size"]: cbs.append(Grow(s["start_size"], s["size"]))
     able = learn.dls.device.type == "cuda" and torch.cuda.is_bf16_supported()
     if s["precision"] == "bfloat16" or (s["precision"] == "auto" and able): cbs.append(Half())
+    if len(watch) and not rank_distrib(): cbs.append(Watch(watch, out, average))
     if accelerator: cbs.append(Together(sync_bn=False, cpu=accelerator.device.type == "cpu"))
     return cbs
 
@@ -307,6 +335,7 @@ def train(
     device: str=None,       # None: the GPU if there is one
     precision: str="auto",  # "float32", "bfloat16", or "auto": bfloat16 on a GPU that can
     compiled: bool=False,   # let torch.compile write faster code first, which takes minutes
+    watch: int=0,           # draw what is found in so many held-out pictures as it learns
 ):
     """Train a detector and leave it in a folder: detector.pth (for `load_detector`), run.json,
     detections.png and last.pth (to go on).
@@ -314,7 +343,7 @@ def train(
     Called again with the same arguments after it was stopped, at whatever moment, it goes on
     after the last whole epoch. ValueError or FileNotFoundError before anything is trained where
     an argument can't be; RuntimeError where the GPU's memory is not enough."""
-    settings = {k: v for k, v in locals().items() if k not in ("out", "data")}
+    settings = {k: v for k, v in locals().items() if k not in ("out", "data", "watch")}
     name = "own" if isinstance(data, Data) else Path(data).stem
     out, settings = (Path(out or f"runs/{name}-{model}-{size}").expanduser(),
                      dict(data=name, processes=max(1, num_distrib()), **settings))
@@ -338,7 +367,8 @@ def train(
         raise ValueError(f"out: {out} holds a run with other pictures. Name another folder, or "
                          f"delete that one.")
     if compiled: learn.model.compile(dynamic=False)
-    cbs = _callbacks(learn, settings, out, run, average, accelerator)
+    watch = data.valid[:watch] if isinstance(watch, int) else watch
+    cbs = _callbacks(learn, settings, out, run, average, watch, accelerator)
     try:
         with learn.no_bar(), learn.no_logging():
             one_cycle(learn, epochs, lr, start_epoch=len(run["epochs"]), cbs=cbs)
