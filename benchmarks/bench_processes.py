@@ -13,7 +13,7 @@ cores. A run that is in the results already is not repeated.
 import argparse, json, os, shutil, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
-import course_lib.start
+import course_lib.machine
 from course_lib.data import data_root
 from course_lib.recipe import write_json
 

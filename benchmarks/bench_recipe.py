@@ -17,7 +17,7 @@ torchvision's SSD head on the same backbone, for scale.
 import argparse, json, os, time
 from pathlib import Path
 
-import course_lib.start  # before fastai
+import course_lib.machine  # before fastai
 import torch
 import bench_step, ladder
 from course_lib.data import data_root, get_data

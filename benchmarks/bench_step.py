@@ -91,7 +91,7 @@ def count(step):
 def one(setup, size, device, steps):
     "What this process measures: pictures a second, seconds until the first step is done, counts."
     import torch
-    import course_lib.start
+    import course_lib.machine
     from course_lib.learn import keep_memory
     if device == "cpu": keep_memory()
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ import argparse, json, os, platform, time
 from functools import partial
 from pathlib import Path
 
-import course_lib.start  # before fastai
+import course_lib.machine  # before fastai
 import torch
 from course_lib.boxes import area
 from course_lib.data import data_root, get_data, hold_out

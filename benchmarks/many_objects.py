@@ -21,7 +21,7 @@ import argparse, json, os, platform, time
 from collections import OrderedDict
 from pathlib import Path
 
-import course_lib.start  # before fastai
+import course_lib.machine  # before fastai
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.torch_core import set_seed

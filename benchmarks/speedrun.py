@@ -34,7 +34,7 @@ START = time.perf_counter()
 import argparse, json, subprocess, sys
 from pathlib import Path
 
-import course_lib.start  # before fastai
+import course_lib.machine  # before fastai
 import torch
 import ladder
 from fastai.callback.core import Callback, CancelValidException

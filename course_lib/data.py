@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 
 from .pocket import make_pocket
-from .start import data_root
+from .machine import data_root
 
 # %% ../nbs/01_data.ipynb #7504a964
 def _short(path):

@@ -12,7 +12,7 @@ import math
 from .augment import valid_tfms
 from .boxes import area, pairwise_iou
 from .learn import DetectionDataset, collate, keep_memory, one_thread, pick_device
-from .start import cpu_count, data_root
+from .machine import cpu_count, data_root
 
 # %% ../nbs/12b_fast.ipynb #66201a49
 import torch

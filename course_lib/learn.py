@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from .boxes import area
 from .data import Data, open_image
-from .start import data_root
+from .machine import data_root
 
 # %% ../nbs/03_largest.ipynb #bd386ee1
 import timm, torch

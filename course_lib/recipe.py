@@ -19,7 +19,7 @@ from .detector import (checkpoint, detection_learner, load_detector, read_checkp
 from .fast import augment, memory_loaders
 from .fpn import RetinaNet, retina_loss
 from .ssd import SSD
-from .start import cpu_count
+from .machine import cpu_count
 
 # %% ../nbs/13_recipe.ipynb #414e1443
 import matplotlib.pyplot as plt

@@ -303,7 +303,7 @@ def test_checkpoint_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["os.system", "SSD", "course_lib.ssd.SSD.x.y",
-                                  "course_lib.start.check_machine", "course_lib.nowhere.SSD",
+                                  "course_lib.machine.check_machine", "course_lib.nowhere.SSD",
                                   "course_lib.ssd.Nothing", "subprocess.Popen"])
 def test_checkpoint_names_only_networks_of_the_course(tmp_path, kind):
     state = checkpoint(ssd(), ["a", "b", "c"]) | dict(kind=kind)

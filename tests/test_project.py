@@ -69,9 +69,9 @@ def test_a_notebook_can_be_read_without_running_it(path):
 
 
 def test_modules_import_only_from_earlier_lessons():
-    order = ["pocket", "start", "data", "plot", "boxes", "learn", "augment", "single", "match",
+    order = ["pocket", "machine", "data", "plot", "boxes", "learn", "augment", "single", "match",
              "anchors", "ssd", "losses", "detect", "metrics",
-             "detector", "fpn", "fast", "recipe", "deploy", "yours", "exercises", "explore"]
+             "detector", "fpn", "fast", "recipe", "deploy", "start", "yours", "exercises", "explore"]
     for path in (TOP / "course_lib").glob("[a-z]*.py"):
         used = set(re.findall(r"^\s*(?:from|import) (?:course_lib)?\.?(\w+)", path.read_text(),
                               re.M)) & set(order)

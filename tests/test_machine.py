@@ -1,4 +1,4 @@
-"""Attacks on `course_lib.start`: versions at the edges, broken installations, missing folders,
+"""Attacks on `course_lib.machine`: versions at the edges, broken installations, missing folders,
 hidden GPUs."""
 import importlib.metadata, os, re, subprocess, sys, types
 from pathlib import Path
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from course_lib import start
-from course_lib.start import (Check, Machine, check_data, check_gpu, check_machine, check_memory,
+from course_lib import machine as M
+from course_lib.machine import (Check, Machine, check_data, check_gpu, check_machine, check_memory,
                               check_pair, check_version,
                               check_weights, data_root, data_sets, judge, memory_gb, project_root,
                               requirements, spell, why_no_gpu)
@@ -73,7 +73,7 @@ def test_requirements_are_those_of_settings_ini():
 def test_requirements_without_a_project_come_from_pip(monkeypatch, tmp_path):
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = somebody_elses\nrequirements = "
                                            "kettle>=3\n")
-    monkeypatch.setattr(start, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(M, "project_root", lambda: tmp_path)
     monkeypatch.setattr(importlib.metadata, "requires",
                         lambda name: ["torch>=2.11,<2.16", 'pytest>=8; extra == "dev"',
                                       "ipywidgets"])
@@ -126,7 +126,7 @@ def test_an_error_without_words_does_not_break_the_check(monkeypatch):
 
 def test_the_module_needs_no_torch_to_be_imported():
     done = python("import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-                  "from course_lib.start import check_machine; m = check_machine(); "
+                  "from course_lib.machine import check_machine; m = check_machine(); "
                   "print(m.ok); print(m)")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("False") and "PyTorch does not import" in done.stdout
@@ -142,13 +142,13 @@ def test_memory_is_plausible_or_unknown():
 def test_memory_unknown_as_on_windows(monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert memory_gb() is None and start.cpu_count() >= 1
+    assert memory_gb() is None and M.cpu_count() >= 1
     assert next(c for c in check_memory() if c.what == "memory").state == "note"
 
 
 def test_little_memory_and_little_shared_memory_get_advice(monkeypatch):
-    monkeypatch.setattr(start, "memory_gb", lambda: 2.0)
-    monkeypatch.setattr(start.shutil, "disk_usage",
+    monkeypatch.setattr(M, "memory_gb", lambda: 2.0)
+    monkeypatch.setattr(M.shutil, "disk_usage",
                         lambda p: types.SimpleNamespace(total=64 * 2**20, free=10**9))
     todo = {c.what: c.todo for c in check_memory()}
     assert "batches of 16" in todo["memory"]
@@ -163,7 +163,7 @@ def no_gpu(monkeypatch, driver=True, cuda="13.0"):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(start.shutil, "which", lambda name, **kw: "/usr/bin/nvidia-smi" if driver
+    monkeypatch.setattr(M.shutil, "which", lambda name, **kw: "/usr/bin/nvidia-smi" if driver
                         else None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -297,7 +297,7 @@ def test_a_path_of_ones_own_may_be_wanted(monkeypatch, tmp_path):
 
 def test_a_full_disk_gets_advice(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    monkeypatch.setattr(start.shutil, "disk_usage",
+    monkeypatch.setattr(M.shutil, "disk_usage",
                         lambda p: types.SimpleNamespace(total=10**11, free=2**30))
     check = next(c for c in check_data() if c.what == "data folder")
     assert check.state == "note" and "6 GB" in check.todo
@@ -305,7 +305,7 @@ def test_a_full_disk_gets_advice(monkeypatch, tmp_path):
 
 def test_missing_weights_are_told(monkeypatch):
     assert check_weights().state == "ok"
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(M.importlib.util, "find_spec", lambda name: None)
     assert check_weights().state == "fix"
 
 
@@ -321,7 +321,7 @@ def test_the_report_shows_no_path_of_this_machine(monkeypatch, tmp_path):
 
 def test_every_line_that_is_not_ok_says_what_to_do(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
-    monkeypatch.setattr(start, "memory_gb", lambda: 1.0)
+    monkeypatch.setattr(M, "memory_gb", lambda: 1.0)
     for check in check_machine(data="voc0712").checks:
         assert check.state in ("ok", "note", "fix")
         assert check.state == "ok" or check.todo, check
@@ -337,5 +337,5 @@ def test_machine_by_name():
 @pytest.mark.parametrize("value, want", [("1", True), ("true", True), ("", False), ("0", False),
                                          ("False", False), (None, False)])
 def test_in_test_reads_the_variable(value, want):
-    done = python("from course_lib.start import IN_TEST; print(IN_TEST)", IN_TEST=value)
+    done = python("from course_lib.machine import IN_TEST; print(IN_TEST)", IN_TEST=value)
     assert done.stdout.strip() == str(want), done.stderr
