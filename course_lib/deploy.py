@@ -14,6 +14,7 @@ import torch
 import torchvision
 from torch import nn
 from .anchors import decode
+from .checks import check_export
 
 # %% ../nbs/13b_deploy.ipynb #4137bde5
 class Deployable(nn.Module):
@@ -59,11 +60,7 @@ def to_onnx(
     Names and size go into the file's metadata. FileNotFoundError for a folder that is not
     there, ValueError where names and classes differ in number."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"to_onnx: there is no folder {path.parent}. Make it first.")
-    if len(classes) != model.n_classes:
-        raise ValueError(f"to_onnx: {len(classes)} names are given, and the model has "
-                         f"{model.n_classes} classes.")
+    check_export(path, classes, model.n_classes)
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import math
 from .augment import valid_tfms
 from .boxes import area, pairwise_iou
-from .learn import DetectionDataset, collate, keep_memory, one_thread, pick_device
-from .machine import cpu_count, data_root
+from .checks import check_loader, check_splits
+from .learn import DetectionDataset, collate
+from .machine import cpu_count, data_root, keep_memory, one_thread, pick_device
 
 # %% ../nbs/12b_fast.ipynb #66201a49
 import torch
@@ -213,15 +214,7 @@ class MemoryLoader:
         number of batches.
         """
         n, kept = len(split[0]), split[0].shape[-1]
-        if n < num_distrib():
-            raise ValueError(f"MemoryLoader: {n} pictures can't be shared by {num_distrib()} "
-                             f"processes. Start fewer, or use more pictures.")
-        if num_distrib() > 1 and bs < 2:
-            raise ValueError("MemoryLoader: bs is 1, and several processes need at least 2, or one "
-                             "of them may have no picture left.")
-        if tfms is None and kept != size:
-            raise ValueError(f"MemoryLoader: the pictures are kept at {kept} px, and without "
-                             f"transforms size can't be {size}.")
+        check_loader(n, num_distrib(), bs, kept, size, tfms)
         self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = (
             split, size, bs, tfms, shuffle, seed, 0)
         self.counts = (split[2] >= 0).sum(1).cpu()  # [n], objects of each picture
@@ -265,10 +258,7 @@ def memory_loaders(
 ): # fastai `DataLoaders`
     """The batches of `dataloaders(..., difficult=True)`, from pictures that are decoded once, kept
     in memory as bytes and transformed batch by batch on the device."""
-    for name in ("train", "valid"):
-        if not getattr(data, name):
-            raise ValueError(f"memory_loaders: data.{name} has no pictures. Use hold_out(data) to "
-                             f"make a validation split.")
+    check_splits("memory_loaders", data)
     device = pick_device(device)
     if device.type == "cpu": keep_memory()
     train = MemoryLoader(in_memory(data.train, round(size * keep)), size, bs, tfms, shuffle=True,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from functools import partial
 from torch import nn
 from .anchors import encode
-from .match import match
+from .checks import one_of
+from .match import BACKGROUND, IGNORED, match
 
 # %% ../nbs/09_focal.ipynb #b7bfbd6e
 def _focal(logits, sign, alpha, gamma):
@@ -71,8 +72,7 @@ class SSDLoss(nn.Module):
         with a sigmoid for each class in place of a softmax.
         """
         super().__init__()
-        if kind not in ("bce", "hard", "focal"):
-            raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
+        one_of("SSDLoss: kind", kind, ("bce", "hard", "focal"))
         self.kind, self.negatives = kind, negatives
         self.alpha, self.gamma = (alpha, gamma) if kind == "focal" else (None, 0)
         self.assign = assign or partial(match, positive=positive, negative=negative)
@@ -106,7 +106,7 @@ class SSDLoss(nn.Module):
     def hardest(self, losses, matched):
         """True for the matched anchors and, in each picture, `negatives` times as many
         backgrounds: the largest losses, ties to the lower anchor, [B,A]"""
-        positive, background = matched >= 0, matched == -1
+        positive, background = matched >= 0, matched == BACKGROUND
         # [B,1]
         n = torch.minimum(self.negatives * positive.sum(1, keepdim=True),
                           background.sum(1, keepdim=True))
@@ -125,9 +125,9 @@ class SSDLoss(nn.Module):
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)
         box_losses = self.box_losses(offsets, boxes, index)  # [B,A]
-        class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, -1))
+        class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, BACKGROUND))
         # [B,A]
-        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched > -2
+        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched != IGNORED
         return (box_losses * positive).sum() / n, (class_losses * counts).sum() / n
     def forward(self, pred, boxes, labels, difficult=None):
         box, classes = self.parts(pred, boxes, labels, difficult)
