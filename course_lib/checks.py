@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'ensure', 'one_of', 'hint', 'check_classes', 'check_between', 'check_shapes', 'check_boxes',
            'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_nms', 'check_detections',
-           'check_picture', 'check_lengths', 'check_splits', 'check_loader', 'check_export', 'short']
+           'check_picture', 'check_lengths', 'check_splits', 'check_loader', 'check_learner', 'check_export', 'short']
 
 # %% ../nbs/94_checks.ipynb #chk-imp1
 import difflib, math
@@ -182,6 +182,14 @@ def check_loader(n, processes, bs, kept, size, tfms):
                                      "2, or one of them may have no picture left.")
     ensure(tfms is not None or kept == size, f"MemoryLoader: the pictures are kept at {kept} px, "
                                              f"and without transforms size can't be {size}.")
+
+def check_learner(model, size, n_classes):
+    "Raise for a model that `detection_learner` can't train on such data"
+    ensure(model.size == size, f"detection_learner: the model is made for {model.size} px, and "
+           f"size is {size}. Leave size out, or make the model for {size}.")
+    own = getattr(model, "n_classes", n_classes)
+    ensure(own == n_classes, f"detection_learner: the model has {own} classes and the data has "
+                             f"{n_classes}.")
 
 def check_export(path, classes, n_classes):
     "Raise for what `to_onnx` can't do"

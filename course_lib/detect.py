@@ -6,13 +6,13 @@
 __all__ = ['nms', 'detections', 'predict', 'show_detections']
 
 # %% ../nbs/10_nms.ipynb #b64a5554
-from contextlib import contextmanager
 import math
 import torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
-from .checks import (check_between, check_detections, check_nms, check_picture, ensure)
+from .checks import check_between, check_detections, check_nms, check_picture, ensure
+from .machine import evaluating
 from .plot import show_boxes, to_array
 
 # %% ../nbs/10_nms.ipynb #8b57046e
@@ -97,18 +97,6 @@ def detections(
     return [dict(boxes=boxes[i], scores=found[i].sigmoid(), labels=label[i])
             for i in (part[:top] for part in parts)]
 
-# %% ../nbs/10_nms.ipynb #2782790f
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode without gradients inside a `with`; afterwards every part of the model is in
-    the mode that it was in."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for part, mode in modes: part.training = mode
-
 # %% ../nbs/10_nms.ipynb #squish10
 def _squish(picture, size):
     """A picture of any kind as the network's input, uint8 `[3,size,size]`, and its own height and
@@ -148,7 +136,7 @@ def predict(
     """
     check_between("predict", score=score, iou=iou), check_between("predict", 1, math.inf, bs=bs)
     if not isinstance(pictures, (list, tuple)): return predict(model, [pictures], score, iou, bs)[0]
-    with _evaluating(model):
+    with evaluating(model):
         batches = [_predict_batch(model, pictures[i:i + bs], score, iou)
                    for i in range(0, len(pictures), bs)]
     return sum(batches, [])

@@ -6,7 +6,7 @@
 __all__ = ['IN_TEST', 'judge', 'project_root', 'requirements', 'Check', 'spell', 'check_version', 'check_versions', 'check_pair',
            'cpu_count', 'memory_gb', 'check_memory', 'why_no_gpu', 'check_gpu', 'data_root', 'data_sets',
            'check_folder', 'check_data', 'check_weights', 'Machine', 'check_machine', 'pick_device', 'one_thread',
-           'keep_memory']
+           'keep_memory', 'evaluating', 'all_pictures']
 
 # %% ../nbs/81_machine.ipynb #60e8370c
 import ctypes, importlib.metadata, importlib.util, os, platform, shutil, sys, textwrap
@@ -342,3 +342,26 @@ def keep_memory():
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL("libc.so.6")
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+# %% ../nbs/81_machine.ipynb #2782790f
+@contextmanager
+def evaluating(model):
+    "Evaluation mode without gradients inside a `with`; afterwards every part is as it was"
+    import torch
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for part, mode in modes: part.training = mode
+
+# %% ../nbs/81_machine.ipynb #gatherall2
+def all_pictures(
+    mine, # list with an entry for each picture that this process has seen
+): # list with the entries of all processes
+    "What several processes found, in the order of the pictures that were dealt out one by one"
+    import torch.distributed as dist
+    if not (dist.is_available() and dist.is_initialized()): return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [x for row in zip_longest(*parts) for x in row if x is not None]
