@@ -62,17 +62,15 @@ def backbone(
     Raises ValueError for a name that `timm` does not know, RuntimeError where weights can't be
     fetched."""
     if not timm.is_model(name):
-        raise ValueError(f"backbone: timm has no network {name!r}.{hint(name, timm.list_models())} "
-                         "timm.list_models() lists them all.")
+        raise ValueError(f"backbone: timm has no network {name!r}.{hint(name, timm.list_models())}")
     local = name == "tf_efficientnet_lite0"
     try:
         net = timm.create_model(name, pretrained=pretrained and not local, features_only=True,
                                 out_indices=out_indices)
     except OSError as e:
         raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched "
-                           f"({type(e).__name__}). "
-                           "Connect to the internet, use the default 'tf_efficientnet_lite0', "
-                           "whose weights are installed, or pretrained=False.") from e
+                           f"({type(e).__name__}). Connect to the internet, use the default "
+                           "'tf_efficientnet_lite0', or pretrained=False.") from e
     if local and pretrained:
         net.load_state_dict({k: v for k, v in lite0_weights().items() if k in net.state_dict()})
     config = (dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if local

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['FORMATS', 'ensure', 'one_of', 'hint', 'check_classes', 'check_between', 'check_shapes', 'check_boxes',
            'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_nms', 'check_detections',
-           'check_picture', 'check_lengths', 'check_splits', 'check_loader', 'check_learner', 'check_export', 'short']
+           'check_picture', 'check_lengths', 'check_splits', 'check_names', 'check_pixels', 'no_source', 'check_grid',
+           'check_cells', 'check_finite', 'check_same_classes', 'check_loader', 'check_learner', 'check_export',
+           'short']
 
 # %% ../nbs/94_checks.ipynb #chk-imp1
 import difflib, math
@@ -172,6 +174,46 @@ def check_splits(where, data):
     for name in ("train", "valid"):
         ensure(getattr(data, name), f"{where}: data.{name} has no pictures. "
                                     "Use hold_out(data) to make a validation split.")
+
+# %% ../nbs/94_checks.ipynb #chk-few4
+def check_names(keys, classes):
+    "Raise for a label without a name; strings name themselves"
+    most, n = max((k for k in keys if not isinstance(k, str)), default=-1), len(classes or ())
+    ensure(classes is None or most < n,
+           f"labels: {most} has no name: {n} classes have ids from 0 to {n - 1}.")
+
+def check_pixels(image):
+    "Raise unless an array is one picture"
+    ensure(image.ndim == 3 and image.shape[2] in (1, 3), f"image: shape {tuple(image.shape)} is "
+           "not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
+
+def no_source(source, names):
+    "Raise for a data set that is nowhere"
+    raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor a "
+                            f"folder or a file that exists (looked in {Path.cwd()})."
+                            f"{hint(source, names)}")
+
+# %% ../nbs/94_checks.ipynb #chk-few5
+def check_grid(cells, grid, possible):
+    "Raise for a grid that can't be made"
+    ensure(possible, f"grids: a map of {cells} x {cells} cells can't be made into {grid} x {grid}. "
+           f"Take {cells} or {-(-cells // 2)} there, and halve from one grid to the next.")
+
+def check_cells(A, grids):
+    "Raise for anchors that are not those of the grids"
+    cells = sum(g * g for g in grids)
+    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
+                           f"{tuple(grids)}. Pass the model's own grids.")
+
+def check_finite(extent):
+    "Raise for boxes whose extent is not finite"
+    ensure(extent.isfinite(), "nms: some boxes are not finite. "
+           "Leave them out: boxes.isfinite().all(1) is True for the others.")
+
+def check_same_classes(name, stored, own):
+    "Raise unless a file and a learner know the same classes in the same order"
+    ensure(stored == own, f"checkpoint: {name!r} knows {', '.join(stored)}; this learner's data "
+                          f"has {', '.join(own)}. The names and their order must agree.")
 
 # %% ../nbs/94_checks.ipynb #chk-few3
 def check_loader(n, processes, bs, kept, size, tfms):

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import check_classes, ensure, hint
+from .checks import check_classes, ensure, no_source
 from .files import as_rgb, download, open_image, unpack
 from .formats import (VOC, VOC_CLASSES, Notes, clean, coco_pages, coco_splits,
-                                folder_splits, names_in, voc_pages, voc_splits)
+                                folder_splits, names_in, unknown_class, voc_pages, voc_splits)
 from .machine import data_root
 from .pocket import make_pocket
 
@@ -45,10 +45,8 @@ def _records(pages, classes, notes, dropped=None):
     for page in pages:
         rows = []
         for obj in page.objects:
-            ensure(obj.name in ids or dropped is not None,
-                   f"{obj.where}: class {obj.name!r} is not one of those given."
-                   f"{hint(obj.name, ids)} Correct the file, or add the name to classes.")
-            if obj.name not in ids: dropped[obj.name] += 1
+            if obj.name not in ids and dropped is None: unknown_class(obj, ids)
+            elif obj.name not in ids: dropped[obj.name] += 1
             elif (box := clean(obj, page.size, notes)) is not None:
                 rows.append((box, ids[obj.name], obj.difficult))
         boxes, labels, difficult = zip(*rows) if rows else ((), (), ())
@@ -104,9 +102,8 @@ class Data:
     classes: list[str] = field(default_factory=list)    # the name of id 0, of id 1, ...
     def __repr__(self):
         counts = [f"{name}: {len(records):,} pictures, "
-                  f"{sum(len(r.boxes) for r in records):,} objects"
-                  for name, records in (("train", self.train), ("valid", self.valid),
-                                        ("test", self.test))]
+                  f"{sum(len(r.boxes) for r in records):,} objects" for name,
+                  records in (("train", self.train), ("valid", self.valid), ("test", self.test))]
         return "\n".join([*counts, f"{len(self.classes)} classes: {', '.join(self.classes)}"])
 
 # %% ../nbs/01_data.ipynb #c3995c21
@@ -127,10 +124,7 @@ def get_data(
     if source in VOC: splits, names = voc_splits(source)
     elif path.is_dir(): splits, names = folder_splits(path)
     elif path.is_file(): splits, names = coco_splits(path)
-    else:
-        raise FileNotFoundError(f"source: {str(source)!r} is neither one of pocket, "
-                                f"{', '.join(VOC)} nor a folder or a file that exists (looked in "
-                                f"{Path.cwd()}).{hint(source, ['pocket', *VOC])}")
+    else: no_source(source, ["pocket", *VOC])
     keep = list(names) if classes is None else check_classes(classes, names)
     notes, dropped = Notes(), None if classes is None else Counter()
     data = Data(*(_records(splits[s][:limit], keep, notes, dropped)
@@ -138,8 +132,7 @@ def get_data(
     notes.show(path.name)
     if dropped:
         print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, their "
-              f"pictures stay: "
-                      + ", ".join(f"{name} {n:,}" for name, n in dropped.most_common()))
+              f"pictures stay: " + ", ".join(f"{name} {n:,}" for name, n in dropped.most_common()))
     return data
 
 # %% ../nbs/01_data.ipynb #2631fc12
@@ -150,11 +143,10 @@ def hold_out(
 ) -> Data: # the rest of train, a part of train, the old valid
     """For tuning: part of train becomes valid, and the old valid becomes test; the old test is not
     in it."""
-    n = round(len(data.train) * share)
-    ensure(0 < n < len(data.train), f"share: {share} of {len(data.train)} pictures leaves a "
-                                    "split empty. Choose another.")
-    picked = set(torch.randperm(len(data.train),
-                                generator=torch.Generator().manual_seed(seed))[:n].tolist())
+    m = len(data.train)
+    n = round(m * share)
+    ensure(0 < n < m, f"share: {share} of {m} pictures leaves a split empty. Choose another.")
+    picked = set(torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:n].tolist())
     parts = [[r for i, r in enumerate(data.train) if (i in picked) == chosen]
              for chosen in (False, True)]
     return Data(*parts, list(data.valid), list(data.classes))

@@ -6,12 +6,9 @@
 __all__ = ['Deployable', 'to_onnx']
 
 # %% ../nbs/13b_deploy.ipynb #df25d286
-import logging
-import warnings
+import logging, warnings
 from pathlib import Path
-import onnx
-import torch
-import torchvision
+import onnx, torch, torchvision
 from torch import nn
 from .anchors import decode
 from .checks import check_export

@@ -6,12 +6,12 @@
 __all__ = ['nms', 'detections', 'predict', 'show_detections']
 
 # %% ../nbs/10_nms.ipynb #b64a5554
-import math
-import torch, torchvision
+import math, torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
-from .checks import check_between, check_detections, check_nms, check_picture, ensure
+from .checks import (check_between, check_detections, check_finite, check_nms,
+                               check_picture)
 from .machine import evaluating
 from .plot import show_boxes, to_array
 
@@ -42,12 +42,11 @@ def nms(
     check_nms(boxes, scores, labels, iou)
     if len(boxes) == 0: return torch.zeros(0, dtype=torch.long, device=boxes.device)
     if boxes.device.type == "mps":
-        return nms(boxes.cpu(), scores.cpu(), labels if labels is None else labels.cpu(),
-                   iou).to(boxes.device)
+        on_cpu = (x if x is None else x.cpu() for x in (boxes, scores, labels))
+        return nms(*on_cpu, iou).to(boxes.device)
     boxes, scores = boxes.double(), scores.double()
     region = boxes.max() - boxes.min() + 1
-    ensure(region.isfinite(), "nms: some boxes are not finite. "
-           "Leave them out: boxes.isfinite().all(1) is True for the others.")
+    check_finite(region)
     if labels is None: return torchvision.ops.nms(boxes, scores, iou)
     moved = boxes + labels[:, None] * region                                              # [n,4]
     if len(boxes) <= 500 or boxes.device.type != "cpu":

@@ -8,7 +8,7 @@ __all__ = ['unpad', 'MeanAP', 'DetectionLearner', 'detection_learner']
 # %% ../nbs/11b_detector.ipynb #41b3bfd1
 from pathlib import Path
 from .augment import train_tfms as course_tfms, valid_tfms
-from .checks import check_learner, ensure
+from .checks import check_learner, check_same_classes, ensure
 from .detect import detections, predict as predict_pictures, show_detections
 from .learn import dataloaders, param_groups
 from .losses import SSDLoss
@@ -115,16 +115,11 @@ def detection_learner(
 # %% ../nbs/11b_detector.ipynb #bf9807ff
 @patch
 def predict(self: DetectionLearner,
-    pictures, # a path, PIL image, array [H,W,3], tensor [3,H,W] or `Record`; or a list of them
-    score=.3, # answers with a lower probability are dropped
-    iou=.5,   # of `nms`
-    bs=32,    # pictures at a time
-# a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n]; a list of dicts for a
-# list
-):
-    """Detect the objects in one picture of any size and kind, or in a list of them:
-    `course_lib.detect.predict`."""
-    return predict_pictures(get_model(self.model), pictures, score, iou, bs)
+    pictures,        # a path, PIL image, array, tensor or `Record`; or a list of them
+    *args, **kwargs, # score, iou and bs, as in `course_lib.detect.predict`
+): # what that returns: a dict of boxes, scores, labels, or a list of dicts for a list
+    "Detect the objects in one picture of any size and kind, or in a list of them."
+    return predict_pictures(get_model(self.model), pictures, *args, **kwargs)
 
 # %% ../nbs/11b_detector.ipynb #cc6c4433
 @patch
@@ -170,8 +165,7 @@ def show_results(self: DetectionLearner,
 ): # the matplotlib figure
     "Draw truth and detections of a few pictures side by side."
     records = list(self.data.valid if records is None else records)[:n]
-    ensure(records, "show_results: there is no picture to show. "
-                    "Pass n of at least 1 and a list with records.")
+    ensure(records, "show_results: there is no picture to show. Pass n of at least 1, and records.")
     rows = -(-len(records) // 2)
     fig, axes = plt.subplots(rows, 4, figsize=(4 * size, rows * (size + .25)), squeeze=False,
                              layout="constrained")
@@ -237,9 +231,7 @@ def load(self: DetectionLearner,
     distrib_barrier()
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
-    ensure(state["classes"] == self.classes,
-           f"checkpoint: {path.name!r} knows {', '.join(state['classes'])}; this learner's data "
-           f"has {', '.join(self.classes)}. The names and their order must agree.")
+    check_same_classes(path.name, state["classes"], self.classes)
     fill_model(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: fill_opt(self, state["opt"], model.anchors.device)

@@ -36,8 +36,7 @@ def as_rgb(
     if picture.mode.startswith("I"):
         values = np.asarray(picture)                                                       # [H,W]
         picture = Image.fromarray((values / (257 if values.max(initial=0) > 255
-                                             else 1)).round().clip(0, 255)
-                                  .astype(np.uint8))
+                                             else 1)).round().clip(0, 255) .astype(np.uint8))
     return picture.convert("RGB")
 
 # %% ../nbs/93_files.ipynb #d518c232
@@ -251,8 +250,7 @@ def _fetch_voc(year):
           f"takes as much again)")
     try:
         archives = [download([host.format(year=year, name=name) for host in _HOSTS], root / name,
-                             size, md5)
-                    for name, size, md5 in _ARCHIVES[year]]
+                             size, md5) for name, size, md5 in _ARCHIVES[year]]
     except OSError as error:
         print(f"{error}\nTrying fast.ai's archive of both years, about 4.6 GB.")
         archives = [download([_FASTAI], root / "pascal-voc.tgz")]

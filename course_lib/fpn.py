@@ -14,7 +14,7 @@ from torchvision.ops import complete_box_iou_loss
 from .anchors import decode, make_anchors
 from .boxes import area, pairwise_iou
 from .backbone import backbone
-from .checks import ensure, one_of
+from .checks import check_cells, ensure, one_of
 from .losses import SSDLoss
 from .match import BACKGROUND, settle
 
@@ -142,9 +142,8 @@ def atss(
     algorithm 1. One rule is added, that of `match`: every object that overlaps an anchor at all
     gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
     """
-    (B, N), A, cells = labels.shape, len(anchors), sum(g * g for g in grids)
-    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
-                           f"{tuple(grids)}. Pass the model's own grids.")
+    (B, N), A = labels.shape, len(anchors)
+    check_cells(A, grids)
     if N == 0: return torch.full((B, A), BACKGROUND, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
     near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]

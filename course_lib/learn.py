@@ -108,9 +108,8 @@ def dataloaders(
         return (images, *targets) if difficult else (images, *targets[:2])
     def loader(records, tfms, train):
         return DataLoader(DetectionDataset(records, tfms or squish), bs=min(bs, len(records)),
-                          shuffle=train,
-                          drop_last=train, num_workers=workers, device=device, create_batch=collate,
-                          after_batch=finish)
+                          shuffle=train, drop_last=train, num_workers=workers, device=device,
+                          create_batch=collate, after_batch=finish)
     dls = DataLoaders(loader(data.train, train_tfms, True), loader(data.valid, valid_tfms, False),
                       path=data_root(), device=device)
     dls.n_inp = 1

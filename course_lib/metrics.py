@@ -68,11 +68,6 @@ class Scored:
     # none
     stats: Tensor=None
 
-# %% ../nbs/11_map.ipynb #e939dc8c
-def _mean(x):
-    "The mean of what is not nan, or nan."
-    return float(x.nanmean())
-
 # %% ../nbs/11_map.ipynb #f81d4d3f
 def _voc(preds, targets, n_classes, iou, style):
     "`mean_ap` for the styles area and 11pt."
@@ -88,7 +83,7 @@ def _voc(preds, targets, n_classes, iou, style):
     table = _envelope(label, v, level, precision, (n_classes, levels, 1))[..., 0]  # [C,levels]
     ap = table.mean(1) if style == "11pt" else table.sum(1) / n
     ap = ap.masked_fill(n == 0, float("nan"))
-    return Scored(_mean(ap), ap)
+    return Scored(float(ap.nanmean()), ap)
 
 # %% ../nbs/11_map.ipynb #8aa578ff
 def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
@@ -149,7 +144,7 @@ def _coco_stats(found, place, rows, right, ignored, counts, n):
     recall = recall / n[:, None, :, None]  # [C,T,A,3]
     parts = [ap[..., 0], ap[:, 0, 0], ap[:, 5, 0], *ap[..., 1:].unbind(2),
              *recall[:, :, 0].unbind(2), *recall[:, :, 1:, 2].unbind(2)]
-    return (ap[..., 0].mean(1), torch.tensor([_mean(x) for x in parts],
+    return (ap[..., 0].mean(1), torch.tensor([x.nanmean() for x in parts],
                                              dtype=torch.double).nan_to_num(-1))
 
 # %% ../nbs/11_map.ipynb #42dcc624
@@ -170,7 +165,7 @@ def _coco(preds, targets, n_classes):
     n = torch.zeros(n_classes, len(_RANGES),
                     dtype=torch.double).index_add_(0, objects["labels"], (~ignore).double())
     ap, stats = _coco_stats(found, place, rows, value == 2, ignored, ~outside, n)
-    return Scored(_mean(ap), ap, stats)
+    return Scored(float(ap.nanmean()), ap, stats)
 
 # %% ../nbs/11_map.ipynb #1391621c
 def mean_ap(

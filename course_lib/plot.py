@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .checks import check_lengths, ensure
+from .checks import check_lengths, check_names, check_pixels, ensure
 from .files import as_rgb, open_image
 
 # %% ../nbs/01b_plot.ipynb #8a918fa3
@@ -30,8 +30,7 @@ def to_array(image) -> np.ndarray:
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
     image = np.asarray(image)
     if image.ndim == 2: image = image[..., None]
-    ensure(image.ndim == 3 and image.shape[2] in (1, 3), f"image: shape {tuple(image.shape)} is "
-           "not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
+    check_pixels(image)
     if image.dtype != np.uint8:
         image = (np.nan_to_num(image.astype(float)).clip(0, 1) * 255).round().astype(np.uint8)
     return image.repeat(3, axis=2) if image.shape[2] == 1 else image
@@ -104,9 +103,7 @@ def _captions(n, labels, classes, scores, difficult):
     known = sorted({k for k in keys if isinstance(k, str)}) if classes is None else list(classes)
     place = {name: i for i, name in enumerate(known)}
     ids = [place.get(k, len(known)) if isinstance(k, str) else k for k in keys]
-    most = max((k for k in keys if not isinstance(k, str)), default=-1)
-    ensure(classes is None or most < len(known), f"labels: {most} has no name: {len(known)} "
-           f"classes have ids from 0 to {len(known) - 1}.")
+    check_names(keys, classes)
     def written(key):
         if isinstance(key, str): return key
         return str(key) if classes is None or key < 0 else known[key]
@@ -145,8 +142,7 @@ def show_boxes(
     A bright line lies on a wider dark one; names stand on filled tags that stay inside the
     picture. ValueError if there is nothing to draw on, or if labels, scores or difficult do not
     fit the boxes."""
-    ensure(image is not None or ax is not None,
-           "image: it is None and so is ax. Pass a picture, or the axes to draw on.")
+    ensure(image is not None or ax, "image: it is None and so is ax. Pass a picture, or axes.")
     if image is not None: ax = show_image(image, ax, size=size)
     _title(ax, title)
     ax.apply_aspect()

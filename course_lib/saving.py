@@ -86,9 +86,8 @@ def read_checkpoint(
     path = checkpoint_path(path)
     if not path.exists():
         names = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.pth")))
-        raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. "
-                                "learn.save(...) returns the path that it wrote; "
-                                f"with the course come {names}.")
+        raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. learn.save(...) "
+                                f"returns the path that it wrote; with the course come {names}.")
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError: raise
     except Exception as e:
