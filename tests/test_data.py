@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from course_lib import data as D
+from course_lib import checks as D
 from course_lib.data import (VOC_CLASSES, Data, Record, get_data, hold_out, open_image, read_coco,
                              read_voc, as_rgb)
 
@@ -416,7 +416,7 @@ def test_boxes_without_pictures_are_announced(tmp_path, capsys):
 
 def test_pocket_is_drawn_under_the_data_root(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    monkeypatch.setattr(D, "make_pocket", lambda folder: voc(folder, {"a": xml(obj())}))
+    monkeypatch.setattr("course_lib.data.make_pocket", lambda folder: voc(folder, {"a": xml(obj())}))
     assert get_data("pocket").train[0].path == tmp_path / "pocket" / "JPEGImages" / "a.jpg"
     assert len(get_data().train) == 1
 
@@ -474,7 +474,7 @@ def test_reading_is_fast(tmp_path):
 def test_short_names_in_messages(tmp_path):
     with pytest.raises(ValueError) as error: read_voc(voc(tmp_path / "d", {"a": "<"}))
     assert str(tmp_path) not in str(error.value)
-    assert D._short("/x/y/z.xml") == "y/z.xml"
+    assert D.short("/x/y/z.xml") == "y/z.xml"
 
 
 def test_grey_of_16_bits_is_scaled_and_not_clipped_to_white(tmp_path):

@@ -9,7 +9,7 @@ from fastai.torch_core import set_seed
 from course_lib.deploy import Deployable, to_onnx
 from course_lib.detect import detections
 from course_lib.fpn import RetinaNet
-from course_lib.learn import backbone
+from course_lib.backbone import backbone
 from course_lib.ssd import SSD
 
 CLASSES = ["a", "b", "c"]

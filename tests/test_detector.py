@@ -17,7 +17,7 @@ from course_lib.anchors import encode
 from course_lib.data import Data, Record
 from course_lib.detector import (MeanAP, checkpoint, detection_learner, load_detector,
                                  read_checkpoint, unpad, write_whole)
-from course_lib.learn import backbone
+from course_lib.backbone import backbone
 from course_lib.metrics import mean_ap
 from course_lib.ssd import SSD
 

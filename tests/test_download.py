@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from course_lib import data as D
+from course_lib import files as D
 from course_lib.data import download, get_data, unpack
 
 BODY = random.Random(0).randbytes(300_000)

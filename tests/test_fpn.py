@@ -13,7 +13,7 @@ from course_lib.anchors import decode, encode, make_anchors
 from course_lib.boxes import iou
 from course_lib.detector import checkpoint, load_detector, write_whole
 from course_lib.fpn import FPN, RetinaNet, atss, giou, iou_losses
-from course_lib.learn import backbone
+from course_lib.backbone import backbone
 from course_lib.losses import SSDLoss
 
 

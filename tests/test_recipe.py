@@ -17,8 +17,9 @@ from fastai.torch_core import set_seed
 from course_lib.data import Data, Record
 from course_lib.detector import load_detector, read_checkpoint
 from course_lib.fpn import RetinaNet, retina_loss
-from course_lib.learn import backbone
-from course_lib.recipe import EMA, Flipped, Grow, fast_learner, one_cycle, predict_files, train
+from course_lib.backbone import backbone
+from course_lib.commands import predict_files
+from course_lib.recipe import EMA, Flipped, Grow, fast_learner, one_cycle, train
 from course_lib.ssd import SSD
 
 
@@ -87,7 +88,7 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(folder, tmp_path, monkeypa
     "Stopped inside the second epoch, and again while it writes."
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(str(folder), str(whole), **OPTIONS)
-    from course_lib import recipe
+    from course_lib import recipe, runs
     real, calls = recipe.augment, []
     class Stop(Exception): pass
     def stop(*args, **kwargs):
@@ -100,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(folder, tmp_path, monkeypa
     assert len(curve(cut)) == 1
     monkeypatch.undo()
     def broken(*args, **kwargs): raise OSError("disk full")
-    monkeypatch.setattr(recipe, "write_whole", broken)
+    monkeypatch.setattr(runs, "write_whole", broken)
     with pytest.raises(OSError): train(str(folder), str(cut), **OPTIONS)
     monkeypatch.undo()
     train(str(folder), str(cut), **OPTIONS)
@@ -180,7 +181,7 @@ def test_half_precision_trains(folder, tmp_path):
 # ---------------------------------------------------------------- commands
 
 def command(name, *args, **env):
-    code = f"import sys; from course_lib.recipe import {name}; sys.argv[0] = '{name}'; {name}()"
+    code = f"import sys; from course_lib.commands import {name}; sys.argv[0] = '{name}'; {name}()"
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, args)],
                           capture_output=True, text=True, env=os.environ | env)
 
@@ -221,7 +222,7 @@ def test_a_killed_process_goes_on(folder, tmp_path):
     "SIGKILL as soon as the first epoch is on disk; then the same command again."
     args = ["--data", folder, "--out", tmp_path / "cut", "--size", 64, "--epochs", 4, "--bs", 4,
             "--device", "cpu"]
-    code = "import sys; from course_lib.recipe import course_train; course_train()"
+    code = "import sys; from course_lib.commands import course_train; course_train()"
     first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, args)],
                              stdout=subprocess.DEVNULL)
     end = time.time() + 120
@@ -240,7 +241,7 @@ def test_two_processes_train_one_detector(folder, tmp_path):
     the weights those of both."""
     out = tmp_path / "run"
     port = 29500 + os.getpid() % 1000
-    code = "import sys; from course_lib.recipe import course_train; course_train()"
+    code = "import sys; from course_lib.commands import course_train; course_train()"
     (tmp_path / "go.py").write_text(code)
     run = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
                           "--nproc-per-node", "2", "--master-port", str(port),

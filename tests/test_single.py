@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from course_lib.learn import backbone
+from course_lib.backbone import backbone
 from course_lib.single import SingleHead, SingleLoss, predict_largest
 
 

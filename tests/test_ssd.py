@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from course_lib.anchors import make_anchors
-from course_lib.learn import backbone
+from course_lib.backbone import backbone
 from course_lib.match import match
 from course_lib.ssd import SSD, SSDHead, _shrink
 
