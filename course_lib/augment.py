@@ -6,7 +6,6 @@
 __all__ = ['KeepVisible', 'valid_tfms', 'train_tfms']
 
 # %% ../nbs/04_locate.ipynb #17f40b16
-import torch
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2

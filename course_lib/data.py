@@ -101,9 +101,9 @@ class Data:
     test: list[Record] = field(default_factory=list)    # to report on, once
     classes: list[str] = field(default_factory=list)    # the name of id 0, of id 1, ...
     def __repr__(self):
-        counts = [f"{name}: {len(records):,} pictures, "
-                  f"{sum(len(r.boxes) for r in records):,} objects" for name,
-                  records in (("train", self.train), ("valid", self.valid), ("test", self.test))]
+        parts = dict(train=self.train, valid=self.valid, test=self.test)
+        n = {name: sum(len(r.boxes) for r in part) for name, part in parts.items()}
+        counts = [f"{k}: {len(v):,} pictures, {n[k]:,} objects" for k, v in parts.items()]
         return "\n".join([*counts, f"{len(self.classes)} classes: {', '.join(self.classes)}"])
 
 # %% ../nbs/01_data.ipynb #c3995c21
@@ -127,12 +127,13 @@ def get_data(
     else: no_source(source, ["pocket", *VOC])
     keep = list(names) if classes is None else check_classes(classes, names)
     notes, dropped = Notes(), None if classes is None else Counter()
-    data = Data(*(_records(splits[s][:limit], keep, notes, dropped)
-                  for s in ("train", "valid", "test")), keep)
+    parts = (splits[name][:limit] for name in ("train", "valid", "test"))
+    data = Data(*(_records(part, keep, notes, dropped) for part in parts), keep)
     notes.show(path.name)
     if dropped:
-        print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, their "
-              f"pictures stay: " + ", ".join(f"{name} {n:,}" for name, n in dropped.most_common()))
+        most = ", ".join(f"{name} {n:,}" for name, n in dropped.most_common())
+        print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, "
+              f"their pictures stay: {most}")
     return data
 
 # %% ../nbs/01_data.ipynb #2631fc12

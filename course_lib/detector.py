@@ -15,14 +15,13 @@ from .losses import SSDLoss
 from .machine import all_pictures, pick_device
 from .metrics import mean_ap
 from .plot import show_boxes
-from .saving import (checkpoint, fill_model, fill_opt, load_detector, plain,
+from .saving import (FORMAT, checkpoint, fill_model, fill_opt, load_detector,
                                read_checkpoint, write_whole)
 from .ssd import SSD
 
 # %% ../nbs/11b_detector.ipynb #20a841b9
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
-import torch
 from fastai.learner import Learner, Metric
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from fastcore.basics import patch

@@ -6,14 +6,13 @@
 __all__ = ['cut', 'follow', 'random_windows', 'overlap_windows', 'colour', 'mosaic', 'augment', 'memory_loaders']
 
 # %% ../nbs/12b_fast.ipynb #f19282c3
-import math
+import math, torch
 from .boxes import area, pairwise_iou
 from .checks import check_splits
 from .loaders import MemoryLoader, in_memory
 from .machine import data_root, keep_memory, pick_device
 
 # %% ../nbs/12b_fast.ipynb #66201a49
-import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from torch import Tensor

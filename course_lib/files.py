@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 
-from .checks import ensure, short
+from .checks import short
 from .machine import data_root
 
 # %% ../nbs/93_files.ipynb #fil-pic2

@@ -6,9 +6,9 @@
 __all__ = ['FPN', 'RetinaNet', 'atss', 'giou', 'iou_losses', 'retina_loss']
 
 # %% ../nbs/12_fpn.ipynb #aeb2089c
-import math
+import math, torch
 from functools import partial
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss
 from .anchors import decode, make_anchors
@@ -46,9 +46,8 @@ class FPN(nn.Module):
     def forward(self, maps):
         sums = [lateral(m) for lateral, m in zip(self.lateral, maps)]  # [B,width,g,g] each
         for i in range(len(sums) - 1, 0, -1):
-            sums[i - 1] = (sums[i - 1]
-                           + nn.functional.interpolate(sums[i], size=sums[i - 1].shape[2:],
-                                                       mode="nearest"))
+            larger = F.interpolate(sums[i], size=sums[i - 1].shape[2:], mode="nearest")
+            sums[i - 1] = sums[i - 1] + larger
         levels = [smooth(s) for smooth, s in zip(self.smooth, sums)]
         for more in self.more: levels.append(more(levels[-1]))
         return levels

@@ -131,7 +131,7 @@ def _outside(area):
 def _coco_stats(found, place, rows, right, ignored, counts, n):
     """AP of each class and the twelve numbers, from what became of the detections `rows`: right,
     ignored [R,T,A]; n [C,A] objects."""
-    (R, T, A), C = right.shape, len(n)
+    (_, T, A), C = right.shape, len(n)
     row, v, hits, precision = _precision(found, rows, right.flatten(1), ignored.flatten(1), counts,
                                          C)
     label = found["labels"][row]

@@ -6,12 +6,11 @@
 __all__ = ['PALETTE', 'to_array', 'show_image', 'show_boxes', 'show_grid']
 
 # %% ../nbs/01b_plot.ipynb #b0f79ddc
-import textwrap
+import textwrap, torch
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -169,9 +168,9 @@ def show_grid(
     ensure(len(records), "records: the list is empty. Pass at least one record.")
     cols = min(cols, len(records))
     rows = -(-len(records) // cols)
+    edges = dict(left=.01, right=.99, bottom=.01, top=.99, wspace=.04, hspace=.04)
     fig, axes = plt.subplots(rows, cols, figsize=(cols * size, rows * size), squeeze=False,
-                             gridspec_kw=dict(left=.01, right=.99, bottom=.01, top=.99, wspace=.04,
-                                              hspace=.04))
+                             gridspec_kw=edges)
     for ax in axes.flat: ax.set_axis_off()
     for ax, record in zip(axes.flat, records):
         show_boxes(record, record.boxes, record.labels, classes, difficult=record.difficult, ax=ax)

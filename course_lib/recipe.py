@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'one_cycle', 'EMA', 'Grow', 'Flipped', 'fast_learner', 'train']
 
 # %% ../nbs/13_recipe.ipynb #d39afed7
-import math
+import math, torch
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from .ssd import SSD
 
 # %% ../nbs/13_recipe.ipynb #414e1443
 import numpy as np
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.optimizer import OptimWrapper

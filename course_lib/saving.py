@@ -19,7 +19,6 @@ from fastcore.foundation import L
 from torch import nn
 
 from .backbone import Backbone, backbone
-from .checks import ensure
 from .files import whole
 from .machine import pick_device
 

@@ -7,7 +7,6 @@ __all__ = ['SingleHead', 'SingleLoss', 'predict_largest']
 
 # %% ../nbs/05_single.ipynb #2847cd46
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF

@@ -9,9 +9,10 @@ from packaging.version import Version
 from course_lib import machine as M
 from course_lib.machine import (Check, Machine, check_data, check_gpu, check_machine, check_memory,
                               check_pair, check_version,
-                              check_weights, data_root, data_sets, judge, memory_gb, project_root,
-                              requirements, spell, why_no_gpu)
+                              check_weights, data_root, data_sets, judge, lab_command, memory_gb,
+                              project_root, requirements, spell, why_no_gpu)
 
+TOP = Path(__file__).parent.parent
 BOUNDS = SpecifierSet(">=2.11,!=2.13.0,<2.16")
 
 
@@ -339,3 +340,72 @@ def test_machine_by_name():
 def test_in_test_reads_the_variable(value, want):
     done = python("from course_lib.machine import IN_TEST; print(IN_TEST)", IN_TEST=value)
     assert done.stdout.strip() == str(want), done.stderr
+
+
+# ---- opening the course
+
+def as_user(monkeypatch, uid):
+    "The user that `os.geteuid` tells of; None: a system that knows no such thing, like Windows"
+    if uid is None: monkeypatch.delattr(os, "geteuid", raising=False)
+    else: monkeypatch.setattr(os, "geteuid", lambda: uid, raising=False)
+
+
+@pytest.mark.parametrize("uid, root", [(0, True), (1000, False), (65534, False), (None, False)])
+def test_only_root_is_let_in_as_root(monkeypatch, uid, root):
+    as_user(monkeypatch, uid)
+    command = lab_command([])
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert command[3] == str(project_root() / "nbs") and Path(command[3], "00_start.ipynb").exists()
+    assert command[4:] == ["--ip=127.0.0.1", *["--allow-root"] * root]
+
+
+@pytest.mark.parametrize("uid", [0, 1000, None])
+def test_the_server_stays_closed(monkeypatch, uid):
+    "Whoever starts it: one address, this machine's own, and nothing about token or password"
+    as_user(monkeypatch, uid)
+    for arguments in ([], ["--no-browser", "--port", "8888"], ["--LabApp.dev_mode=False"]):
+        options = lab_command(arguments)[4:]
+        assert options.count("--ip=127.0.0.1") == 1
+        assert not re.search("token|password|allow_origin|remote_access", " ".join(options))
+        assert arguments == [o for o in options if o not in ("--ip=127.0.0.1", "--allow-root")]
+
+
+@pytest.mark.parametrize("own", [["--ip=127.0.0.2"], ["--ip", "::1"], ["--ServerApp.ip=127.0.0.2"]])
+def test_an_address_of_ones_own_stands_alone(own):
+    "JupyterLab stops at a second `--ip`."
+    assert lab_command(own)[-len(own):] == own
+    assert "127.0.0.1" not in " ".join(lab_command(own))
+
+
+def test_the_command_becomes_jupyterlab(monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "name", "posix")
+    monkeypatch.setattr(os, "execv", lambda program, words: seen.append((program, words)))
+    monkeypatch.setattr(sys, "argv", ["course_lab", "--port", "8888"])
+    M.course_lab()
+    assert seen == [(sys.executable, lab_command(["--port", "8888"]))]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_on_windows_the_command_waits_and_hands_on_the_result(monkeypatch, code):
+    seen = []
+    def run(words):
+        seen.append(words)
+        return types.SimpleNamespace(returncode=code)
+    as_user(monkeypatch, None)
+    monkeypatch.setattr(M, "project_root", lambda: TOP)
+    monkeypatch.setattr(M, "os", types.SimpleNamespace(name="nt"))
+    monkeypatch.setattr(M.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["course_lab", "--no-browser"])
+    with pytest.raises(SystemExit) as end: M.course_lab()
+    assert end.value.code == code
+    assert seen == [[sys.executable, "-m", "jupyterlab", str(TOP / "nbs"), "--ip=127.0.0.1",
+                     "--no-browser"]]
+
+
+def test_pip_installs_the_command_and_the_readme_names_it():
+    settings, readme = ((TOP / name).read_text(encoding="utf-8")
+                        for name in ("settings.ini", "README.md"))
+    scripts = re.search(r"^console_scripts = (.*)$", settings, re.M)[1].split()
+    assert "course_lab=course_lib.machine:course_lab" in scripts
+    assert "pip install -e . && course_lab\n" in readme and "jupyter lab nbs" not in readme
