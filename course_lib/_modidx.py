@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'course_lib.losses': { 'course_lib.losses.SSDLoss': ('focal.html#ssdloss', 'course_lib/losses.py'),
                                    'course_lib.losses.SSDLoss.__init__': ('focal.html#ssdloss.__init__', 'course_lib/losses.py'),
                                    'course_lib.losses.SSDLoss.class_losses': ('focal.html#ssdloss.class_losses', 'course_lib/losses.py'),
+                                   'course_lib.losses.SSDLoss.encoded': ('focal.html#ssdloss.encoded', 'course_lib/losses.py'),
                                    'course_lib.losses.SSDLoss.forward': ('focal.html#ssdloss.forward', 'course_lib/losses.py'),
                                    'course_lib.losses.SSDLoss.hardest': ('focal.html#ssdloss.hardest', 'course_lib/losses.py'),
                                    'course_lib.losses.SSDLoss.offset_losses': ('focal.html#ssdloss.offset_losses', 'course_lib/losses.py'),

@@ -129,11 +129,7 @@ def get_data(
     notes, dropped = Notes(), None if classes is None else Counter()
     parts = (splits[name][:limit] for name in ("train", "valid", "test"))
     data = Data(*(_records(part, keep, notes, dropped) for part in parts), keep)
-    notes.show(path.name)
-    if dropped:
-        most = ", ".join(f"{name} {n:,}" for name, n in dropped.most_common())
-        print(f"{path.name}: {sum(dropped.values()):,} objects of other classes dropped, "
-              f"their pictures stay: {most}")
+    notes.show(path.name, dropped)
     return data
 
 # %% ../nbs/01_data.ipynb #2631fc12

@@ -6,9 +6,8 @@
 __all__ = ['Deployable', 'to_onnx']
 
 # %% ../nbs/13b_deploy.ipynb #df25d286
-import logging, warnings
+import logging, onnx, torch, torchvision, warnings
 from pathlib import Path
-import onnx, torch, torchvision
 from torch import nn
 from .anchors import decode
 from .checks import check_export

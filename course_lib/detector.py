@@ -240,5 +240,4 @@ def load(self: DetectionLearner,
 @patch
 def export(self: DetectionLearner, *args, **kwargs):
     "Not supported: use `save` and `load_detector`."
-    raise NotImplementedError("export: a pickled learner can run any code when it is loaded. "
-                              "Use learn.save(path) and load_detector(path).")
+    raise NotImplementedError("export: use learn.save(path) and load_detector(path) instead.")

@@ -208,10 +208,14 @@ def _coco_object(row, categories, at):
 class Notes(dict):
     "What a reader changed, to be said once, with up to three examples."
     def add(self, what, where): self.setdefault(what, []).append(where)
-    def show(self, source):
+    def show(self, source, dropped=None):
         for what, places in self.items(): 
             some = "; ".join(places[:3]) + "; ..." * (len(places) > 3)
             print(f"{source}: {len(places):,} box{'es' * (len(places) > 1)} {what}: {some}")
+        if dropped:
+            some = ", ".join(f"{name} {n:,}" for name, n in dropped.most_common())
+            print(f"{source}: {sum(dropped.values()):,} objects of other classes dropped, "
+                  f"their pictures stay: {some}")
 
 # %% ../nbs/93b_formats.ipynb #62c841b6
 def clean(obj, size, notes):

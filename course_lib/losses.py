@@ -79,12 +79,23 @@ class SSDLoss(nn.Module):
         self.box_losses = box_losses or self.offset_losses
         self.box_weight = (self.alpha or 1.) if box_weight is None else box_weight
         self.register_buffer("anchors", anchors)
+        sides = anchors[:, 2:] - anchors[:, :2]
+        self.register_buffer("unit", anchors.new_tensor([-.5, -.5, .5, .5]), persistent=False)
+        self.register_buffer("places", encode(anchors, self.unit), persistent=False)  # [A,4]
+        # [A,4]
+        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1),
+                             persistent=False)
+    def encoded(self, boxes, index):
+        """Each anchor's object as offsets from it, [B,A,4]: `encode(box, anchor)` is a difference,
+        (object - anchor) x scale, if both are encoded from one box of side 1 before, so
+        logarithms are needed for the N objects only."""
+        objects = encode(boxes, self.unit)  # [B,N,4]
+        return (objects.gather(1, index[..., None].expand(-1, -1, 4)) - self.places) * self.scales
     def offset_losses(self, offsets, boxes, index):
-        """Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of
-        `boxes [B,N,4]` is its object"""
-        own = boxes.gather(1, index[..., None].expand(-1, -1, 4))                          # [B,A,4]
-        wanted = encode(own, self.anchors).to(offsets)
-        return F.smooth_l1_loss(offsets, wanted, reduction="none").sum(2)
+        """Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of `boxes
+        [B,N,4]` is its object"""
+        return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets),
+                                reduction="none").sum(2)
     def class_losses(self, logits, own):
         """The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1
         for none"""
@@ -114,7 +125,8 @@ class SSDLoss(nn.Module):
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)
         box_losses = self.box_losses(offsets, boxes, index)  # [B,A]
-        class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, BACKGROUND))
+        own = labels.gather(1, index).masked_fill(~positive, BACKGROUND)  # [B,A]
+        class_losses = self.class_losses(logits, own)
         # [B,A]
         counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched != IGNORED
         return (box_losses * positive).sum() / n, (class_losses * counts).sum() / n

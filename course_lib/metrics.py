@@ -120,8 +120,7 @@ def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
 
 # %% ../nbs/11_map.ipynb #16c14626
 _THRESHOLDS, _LEVELS = (torch.from_numpy(np.linspace(*x)) for x in ((.5, .95, 10), (0, 1, 101)))
-_RANGES = torch.tensor([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]],
-                       dtype=torch.double)
+_RANGES = torch.tensor([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]]).double()
 
 def _outside(area):
     "Which areas [n] lie outside COCO's four ranges: all, small, medium, large, [n,4]"
