@@ -1,5 +1,7 @@
 """The project's own files agree with one another."""
-import configparser, importlib.metadata, json, re
+import ast, configparser, importlib, importlib.metadata, io, json, re, shutil, subprocess, sys
+import tokenize, zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,13 +70,126 @@ def test_a_notebook_can_be_read_without_running_it(path):
         assert "Warning" not in text, text[:300]
 
 
-def test_modules_import_only_from_earlier_lessons():
-    order = ["pocket", "machine", "data", "plot", "boxes", "learn", "augment", "single", "match",
-             "anchors", "ssd", "losses", "detect", "metrics",
-             "detector", "fpn", "fast", "recipe", "deploy", "start", "yours", "exercises", "explore"]
-    for path in (TOP / "course_lib").glob("[a-z]*.py"):
-        used = set(re.findall(r"^\s*(?:from|import) (?:course_lib)?\.?(\w+)", path.read_text(),
-                              re.M)) & set(order)
-        for other in re.findall(r"from \.(\w+) import", path.read_text()):
-            assert order.index(other) < order.index(path.stem), f"{path.stem} imports from {other}"
-        assert path.stem in order
+BELOW = ["machine", "checks", "files", "formats", "tables", "pocket"]
+LESSONS = ["data", "plot", "boxes", "backbone", "learn", "augment", "single", "match", "anchors",
+           "ssd", "losses", "detect", "metrics", "detector", "fpn", "fast", "recipe", "deploy"]
+# below the lesson that uses it
+BETWEEN = {"saving": "detector", "loaders": "fast", "runs": "recipe"}
+ABOVE = ["commands", "start", "yours", "app", "exercises", "explore"]
+ORDER = [*BELOW, *(name for lesson in LESSONS
+                   for name in [*(k for k, v in BETWEEN.items() if v == lesson), lesson]), *ABOVE]
+modules = sorted((TOP / "course_lib").glob("[a-z]*.py"))
+
+
+def test_modules_import_only_from_what_stands_below_them():
+    for path in modules:
+        for other in re.findall(r"^\s*from (?:course_lib)?\.(\w+) import", path.read_text(), re.M):
+            assert ORDER.index(other) < ORDER.index(path.stem), f"{path.stem} imports from {other}"
+
+
+def test_each_module_has_one_notebook():
+    owners = Counter(re.search(r"#\| default_exp (\w+)", source).group(1) for path in notebooks()
+                     for source in code_of(path) if "#| default_exp" in source)
+    assert owners == Counter(path.stem for path in modules)
+
+
+def code_of(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def test_no_line_of_code_is_cut_off_on_a_page():
+    sources = [(path, source) for path in notebooks() for source in code_of(path)]
+    sources += [(path, path.read_text(encoding="utf-8"))
+                for folder in ("tests", "benchmarks", "pictures")
+                for path in (TOP / folder).rglob("*.py")]
+    wide = [(path.name, line) for path, source in sources for line in source.splitlines()
+            if len(line) > 100 and not line.startswith("#|")]
+    assert not wide, wide[:5]
+
+
+def code_lines(path):
+    "Lines of code, without blank lines, comments and docstrings."
+    text = path.read_text(encoding="utf-8")
+    named = (ast.FunctionDef, ast.ClassDef, ast.Module)
+    first = [node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, named)
+             and node.body]
+    docs = {row for one in first if isinstance(one, ast.Expr)
+            and isinstance(one.value, ast.Constant)
+            for row in range(one.lineno, one.end_lineno + 1)}
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENDMARKER}
+    rows = {row for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in skip
+            for row in range(t.start[0], t.end[0] + 1)}
+    return len(rows - docs)
+
+
+def test_the_library_stays_small():
+    size = {path.stem: code_lines(path) for path in modules}
+    assert sum(size[name] for name in LESSONS) <= 1700
+    assert max(size[name] for name in LESSONS) <= 200, size
+
+
+def test_a_lesson_has_at_most_one_line_of_checking():
+    "What is wrong is said in `checks`: a raise or an ensure of a lesson's module is one statement."
+    for name in LESSONS:
+        for node in ast.walk(ast.parse((TOP / "course_lib" / f"{name}.py").read_text())):
+            if not isinstance(node, ast.FunctionDef): continue
+            lines = [n for n in ast.walk(node) if isinstance(n, ast.Raise)
+                     or isinstance(n, ast.Call)
+                     and isinstance(n.func, ast.Name) and n.func.id == "ensure"]
+            assert len(
+                lines) <= 2, f"{name}.{node.name} has {len(lines)} raises and checks of its own"
+
+
+@pytest.mark.parametrize("name", ["backbone", "boxes", "anchors", "match", "losses", "ssd", "fpn",
+                                  "detect", "metrics"])
+def test_what_a_detector_is_made_of_does_not_need_fastai(name):
+    code = f"import sys, course_lib.{name}; print('fastai' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP)
+    assert done.stdout.strip() == "False", done.stderr[-500:]
+
+
+PROMISED = {
+    "data": "Record Data read_voc read_coco get_data hold_out VOC_CLASSES open_image "
+    "download unpack",
+    "plot": "show_image show_boxes show_grid PALETTE", "boxes": "convert area iou pairwise_iou",
+    "learn": "dataloaders backbone Backbone pick_device one_thread keep_memory "
+    "lite0_weights largest",
+    "backbone": "backbone Backbone lite0_weights", "augment": "train_tfms valid_tfms",
+    "single": "SingleHead SingleLoss", "match": "match unmatched strongest_first "
+    "BACKGROUND IGNORED",
+    "anchors": "make_anchors encode decode", "ssd": "SSDHead SSD", "losses": "focal_loss SSDLoss",
+    "detect": "nms detections predict show_detections", "metrics": "mean_ap error_kinds",
+    "detector": "detection_learner MeanAP load_detector checkpoint write_whole "
+    "read_checkpoint FORMAT", "fpn": "FPN RetinaNet atss giou iou_losses retina_loss",
+    "fast": "memory_loaders MemoryLoader in_memory augment cut follow",
+    "deploy": "to_onnx Deployable",
+    "recipe": "train fast_learner one_cycle EMA Flipped Grow Half Keep Together go_on machine "
+    "write_json",
+    "commands": "course_train course_predict predict_files", "files": "download unpack write_json",
+    "machine": "check_machine IN_TEST project_root data_root", "pocket": "make_pocket",
+    "start": "check_machine IN_TEST project_root data_root judge"}
+
+
+@pytest.mark.parametrize("module", PROMISED)
+def test_promised_names_are_where_they_were(module):
+    found = importlib.import_module(f"course_lib.{module}")
+    assert not [name for name in PROMISED[module].split() if not hasattr(found, name)]
+
+
+def test_the_wheel_carries_weights_and_modules(tmp_path):
+    "Built from the files that git knows, in a folder of its own."
+    names = subprocess.run(["git", "ls-files", "course_lib", "setup.py", "settings.ini",
+                            "README.md",
+                            "pyproject.toml"], capture_output=True, text=True, cwd=TOP, check=True)
+    for name in names.stdout.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TOP / name, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
+                    "-w", "dist"], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    inside = {item.filename: item.file_size for item in zipfile.ZipFile(wheel).infolist()}
+    assert {f"course_lib/{path.name}" for path in modules} <= inside.keys()
+    assert 1e6 < inside["course_lib/weights/animals.pth"] < 10e6
+    assert "course_lib/weights/animals.md" in inside and wheel.stat().st_size < 12e6
