@@ -1,9 +1,10 @@
-"""Makes a detector that comes with the course out of a finished run: the weights in half precision,
-and beside them a card that says what they learned from, how good they are, and at what they are bad.
+"""Makes a detector that comes with the course out of a finished run: the weights in half
+precision, and beside them a card that says what they learned from, how good they are, and at
+what they are bad.
 
-    course_train --data data/VOC2012-animals --classes cat,cow,dog,horse,person,sheep
-        --size 320 --epochs 16 --out RUN                          # all on one line
-    python benchmarks/publish.py RUN animals --data data/VOC2012-animals
+course_train --data data/VOC2012-animals --classes cat,cow,dog,horse,person,sheep
+--size 320 --epochs 16 --out RUN                          # all on one line
+python benchmarks/publish.py RUN animals --data data/VOC2012-animals
 
 The card's numbers are those of the file as it is published, on the held-out pictures of the data.
 """
@@ -67,40 +68,49 @@ def card(name, run, result, source):
                       for k, (n, share) in result["missed_by_size"].items())
     return f"""# {name}
 
-A detector that comes with the course: `load_detector("{name}")`, or `course_predict {name} PICTURE`.
+A detector that comes with the course: `load_detector("{name}")`, or `course_predict {name}
+PICTURE`.
 It knows {len(result["ap50"])} things: {", ".join(result["ap50"])}.
 
 **What it learned from.** {run["train_pictures"]:,} photographs of PASCAL VOC 2012's official train
 split that show animals and people. `benchmarks/data/make_animals.py` makes the set from anybody's
 own VOC 2012.
 
-**How.** The recipe of lesson 13: {s["epochs"]} epochs at {s["size"]} px, batches of {s["bs"]}, one run
+**How.** The recipe of lesson 13: {s["epochs"]} epochs at {s["size"]} px, batches of {s["bs"]}, one
+run
 with seed {s["seed"]}. It can be made again in one line:
 
     course_train --data data/{source} --classes {",".join(result["ap50"])} --size {s["size"]} \
 --epochs {s["epochs"]} --out RUN && python benchmarks/publish.py RUN {name} --data data/{source}
 
-**How good it is.** On {run["valid_pictures"]:,} photographs of the official val split, none of which it
+**How good it is.** On {run["valid_pictures"]:,} photographs of the official val split, none of
+which it
 learned from, difficult objects left out: mAP {result["map50"]:.1f} at an IoU of .5 (area under the
-curve), and {result["map_coco"]:.1f} as COCO counts. The same pictures were scored after each epoch; no
+curve), and {result["map_coco"]:.1f} as COCO counts. The same pictures were scored after each
+epoch; no
 setting was chosen by them.
 
 | class | AP at an IoU of .5 |
 | --- | ---: |
 {table}
 
-**What it is bad at.** Its weakest classes are {worst[0]} and {worst[1]}. Small objects are what it misses
-most at the usual threshold of .3. (Missed means that there is no answer for the object, not even one
+**What it is bad at.** Its weakest classes are {worst[0]} and {worst[1]}. Small objects are what it
+misses
+most at the usual threshold of .3. (Missed means that there is no answer for the object, not even
+one
 with a poor box or a wrong name.)
 
 | side of the object | objects | missed |
 | --- | ---: | ---: |
 {sizes}
 
-Of its answers above .3 on those pictures {result["errors"]["right"]:,} are right. The others are wrong
+Of its answers above .3 on those pictures {result["errors"]["right"]:,} are right. The others are
+wrong
 for these reasons: {", ".join(f"{k} {n:,}" for k, n in sorted(wrong.items(), key=lambda x: -x[1]))}.
-It knows nothing but its {len(result["ap50"])} classes, and may call a goat a sheep or a statue a person.
-Its photographs are from before 2012, chosen by the makers of VOC from what people had put on flickr,
+It knows nothing but its {len(result["ap50"])} classes, and may call a goat a sheep or a statue a
+person.
+Its photographs are from before 2012, chosen by the makers of VOC from what people had put on
+flickr,
 and nobody has measured whom or what it misses elsewhere. It is made for learning, and not for
 decisions about anybody.
 
@@ -113,8 +123,8 @@ if __name__ == "__main__":
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, help="a folder that course_train wrote")
     p.add_argument("name", help="of the detector in the package")
-    p.add_argument("--data", default="VOC2012-animals", help="as in course_train, or a folder's name "
-                                                             "under the data root")
+    p.add_argument("--data", default="VOC2012-animals", help="as in course_train, or a "
+                   "folder's name under the data root")
     args = p.parse_args()
     run = json.loads((args.run / "run.json").read_text())
     source = args.data if Path(args.data).exists() else data_root() / args.data

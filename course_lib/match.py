@@ -51,7 +51,8 @@ def settle(
     overlap: Tensor,   # [B,N,A], IoU of every object with every anchor, 0 for padding
     difficult: Tensor, # [B,N] bool, or None
 ) -> Tensor:           # [B,A]
-    "An anchor for every object, by `strongest_first`; then anchors of difficult objects are ignored"
+    """An anchor for every object, by `strongest_first`; then anchors of difficult objects are
+    ignored"""
     chosen = strongest_first(overlap)                                                     # [B,A]
     matched = torch.where(chosen >= 0, chosen, matched)
     if difficult is None: return matched

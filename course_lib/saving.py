@@ -70,7 +70,8 @@ def write_whole(
 
 # %% ../nbs/95b_saving.ipynb #ba85de0e
 def checkpoint_path(
-    name, # of a file that `learn.save` wrote, or of a detector that comes with the course: "animals"
+    # of a file that `learn.save` wrote, or of a detector that comes with the course: "animals"
+    name,
 ) -> Path:
     "The file that `name` stands for; a file that is there comes first."
     path, shipped = Path(name).expanduser(), WEIGHTS / f"{name}.pth"

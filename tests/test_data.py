@@ -416,7 +416,8 @@ def test_boxes_without_pictures_are_announced(tmp_path, capsys):
 
 def test_pocket_is_drawn_under_the_data_root(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    monkeypatch.setattr("course_lib.data.make_pocket", lambda folder: voc(folder, {"a": xml(obj())}))
+    monkeypatch.setattr("course_lib.data.make_pocket",
+                        lambda folder: voc(folder, {"a": xml(obj())}))
     assert get_data("pocket").train[0].path == tmp_path / "pocket" / "JPEGImages" / "a.jpg"
     assert len(get_data().train) == 1
 
