@@ -22,6 +22,9 @@ from packaging.version import Version
 
 # %% ../nbs/81_machine.ipynb #a2b98e7c
 IN_TEST = os.environ.get("IN_TEST", "").strip().lower() not in ("", "0", "false")
+if IN_TEST:  # also for PyTorch where it is there already, and for programs that a notebook starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)
 
 # %% ../nbs/81_machine.ipynb #cf6e07e0
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated",
