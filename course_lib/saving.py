@@ -75,7 +75,7 @@ def checkpoint_path(
 ) -> Path:
     "The file that `name` stands for; a file that is there comes first."
     path, shipped = Path(name).expanduser(), WEIGHTS / f"{name}.pth"
-    return path if path.exists() or not shipped.is_file() else shipped
+    return path if path.is_file() or not shipped.is_file() else shipped
 
 def read_checkpoint(
     path, # as in `checkpoint_path`

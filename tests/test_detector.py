@@ -15,6 +15,7 @@ from torch import nn
 from course_lib import detector
 from course_lib.anchors import encode
 from course_lib.data import Data, Record
+from course_lib.detect import predict as predict_pictures
 from course_lib.detector import (MeanAP, checkpoint, detection_learner, load_detector,
                                  read_checkpoint, unpad, write_whole)
 from course_lib.backbone import backbone
@@ -397,3 +398,26 @@ def test_defaults_are_the_courses(data, tmp_path):
     assert len(learn.splitter(learn.model)) == 3
     assert learn.loss_func.kind == "focal" and not learn.train_bn
     assert len(learn.dls.train.one_batch()) == 4
+
+
+# ---------------------------------------------------------------- detectors that come with the course
+
+def test_a_detector_that_comes_with_the_course_is_opened_by_its_name():
+    from skimage import data as photos
+    model, names = load_detector("animals", "cpu")
+    assert names == ["cat", "cow", "dog", "horse", "person", "sheep"]
+    assert next(model.parameters()).dtype == torch.float32
+    cat = predict_pictures(model, photos.chelsea())
+    assert names[cat["labels"][0]] == "cat" and cat["scores"][0] > .5
+    assert names[predict_pictures(model, photos.astronaut())["labels"][0]] == "person"
+
+
+def test_a_file_of_that_name_comes_first_and_a_misspelt_name_is_answered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "animals").write_text("somebody's own file")
+    with pytest.raises(ValueError, match="'animals' can't be read"): load_detector("animals")
+    with pytest.raises(FileNotFoundError, match="'animls'.*with the course come animals"):
+        load_detector("animls")
+    (tmp_path / "animals").unlink()
+    (tmp_path / "animals").mkdir()
+    assert load_detector("animals", "cpu")[0].size == 320, "a folder of that name is in nobody's way"

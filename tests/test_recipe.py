@@ -143,6 +143,20 @@ def test_the_last_row_is_not_lost(folder, tmp_path):
     assert len(curve(tmp_path / "run")) == 1
 
 
+def test_watched_pictures_are_drawn_before_after_one_epoch_and_at_the_end(folder, tmp_path, capsys):
+    learn = train(str(folder), str(tmp_path / "run"), watch=2, **OPTIONS)
+    drawn = sorted(f.name for f in (tmp_path / "run").glob("watch-*.png"))
+    assert drawn == ["watch-00.png", "watch-01.png", "watch-03.png"]
+    before = (tmp_path / "run/watch-00.png").read_bytes()
+    assert before != (tmp_path / "run/watch-03.png").read_bytes()
+    same = train(str(folder), str(tmp_path / "plain"), **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.state_dict().values(),
+                                                same.model.state_dict().values())), (
+        "watching changes nothing of the training")
+    train(str(folder), str(tmp_path / "run"), watch=learn.data.valid[:1], **OPTIONS)
+    assert (tmp_path / "run/watch-00.png").read_bytes() == before, "a finished run draws nothing"
+
+
 def test_growing_pictures(folder, tmp_path):
     train(str(folder), str(tmp_path / "run"), **OPTIONS | dict(size=96, start_size=32, epochs=5))
     assert [row["size"] for row in curve(tmp_path / "run")] == [32, 32, 64, 96, 96]
