@@ -6,8 +6,7 @@
 __all__ = ['VARIANCES', 'make_anchors', 'encode', 'decode']
 
 # %% ../nbs/08_anchors.ipynb #a9ddf9fc
-import math
-import torch
+import math, torch
 from torch import Tensor
 from .boxes import convert
 

@@ -44,7 +44,6 @@ def train_tfms(
     """Random crop, mirror image and colour, at `size` x `size`; boxes follow, and objects that a
     crop cuts off are dropped"""
     resize = (v2.RandomResizedCrop((size, size), scale=(crop, 1), ratio=(3/4, 4/3), antialias=True)
-              if crop < 1
-              else valid_tfms(size))
+              if crop < 1 else valid_tfms(size))
     return v2.Compose([v2.SetClampingMode(None), resize, v2.RandomHorizontalFlip(flip),
                        v2.ColorJitter(color, color, color), KeepVisible(min_share)])

@@ -9,17 +9,7 @@ __all__ = ['convert', 'area', 'iou', 'pairwise_iou']
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_boxes.ipynb #3e406702
-_FORMATS = ("xyxy", "xywh", "cxcywh")
-
-def _check(boxes, name="boxes"):
-    "Raise unless `boxes` is a tensor whose last dimension is 4."
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"{name}: a tensor of boxes is needed, not {type(boxes).__name__}. "
-                        "Wrap it in torch.tensor(...).")
-    if boxes.ndim == 0 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name}: shape {list(boxes.shape)}, but the last dimension must be 4, "
-                         "one box a row. No boxes at all is torch.zeros(0, 4).")
+from .checks import check_boxes, check_convert, check_iou, check_pairwise
 
 # %% ../nbs/02_boxes.ipynb #43e2195e
 def convert(
@@ -33,10 +23,7 @@ def convert(
     float32, and floats keep their type. Always a new tensor. ValueError for an unknown format,
     or where the last dimension is not 4.
     """
-    for fmt in (from_fmt, to_fmt):
-        if fmt not in _FORMATS:
-            raise ValueError(f"convert: unknown format {fmt!r}. Use one of {', '.join(_FORMATS)}.")
-    _check(boxes)
+    check_convert(boxes, from_fmt, to_fmt)
     boxes = boxes if boxes.is_floating_point() else boxes.float()
     if from_fmt == to_fmt: return boxes.clone()
     first, second = boxes[..., :2], boxes[..., 2:]                 # [...,2] [...,2]
@@ -66,14 +53,9 @@ def area(
     has area 0, also where both sides are inverted. Differentiable. The result is float32 for
     half and integer boxes (float64 stays float64).
     """
-    _check(boxes)
+    check_boxes(boxes=boxes)
     x0, y0, x1, y1 = _coordinates(boxes)                           # [...] each
     return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)         # [...]
-
-# %% ../nbs/02_boxes.ipynb #766385c9
-def _fit(shape, other):
-    "True if two shapes broadcast."
-    return all(m == n or 1 in (m, n) for m, n in zip(reversed(shape), reversed(other)))
 
 # %% ../nbs/02_boxes.ipynb #274af77e
 def iou(
@@ -87,11 +69,7 @@ def iou(
     Never waits for the GPU. ValueError where the shapes do not pair up; for every a with every
     b, see `pairwise_iou`.
     """
-    _check(a, "iou: a"), _check(b, "iou: b")
-    if not _fit(a.shape[:-1], b.shape[:-1]):
-        raise ValueError(f"iou: a is {list(a.shape)} and b is {list(b.shape)}, "
-                         "which cannot be paired one to one. For every a with every b use "
-                         "pairwise_iou.")
+    check_iou(a, b)
     ax0, ay0, ax1, ay1 = _coordinates(a)                                           # [...] each
     bx0, by0, bx1, by1 = _coordinates(b)                                           # [...] each
     width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp_min_(0)      # [...]
@@ -111,12 +89,5 @@ def pairwise_iou(
     M]. N or M may be 0. Otherwise as `iou`, which does the work. ValueError for a single box
     [4], or where leading dimensions do not fit.
     """
-    for name, boxes in (("a", a), ("b", b)):
-        _check(boxes, f"pairwise_iou: {name}")
-        if boxes.ndim < 2:
-            raise ValueError(f"pairwise_iou: {name} is one box, shape [4]. "
-                             f"Use {name}[None] to make it [1, 4].")
-    if not _fit(a.shape[:-2], b.shape[:-2]):
-        raise ValueError(f"pairwise_iou: a is {list(a.shape)} and b is {list(b.shape)}. "
-                         "The dimensions before the last two must be equal, or 1, or missing.")
+    check_pairwise(a, b)
     return iou(a[..., :, None, :], b[..., None, :, :])  # [...,N,1,4] [...,1,M,4] -> [...,N,M]

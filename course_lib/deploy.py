@@ -6,14 +6,12 @@
 __all__ = ['Deployable', 'to_onnx']
 
 # %% ../nbs/13b_deploy.ipynb #df25d286
-import logging
-import warnings
+import logging, warnings
 from pathlib import Path
-import onnx
-import torch
-import torchvision
+import onnx, torch, torchvision
 from torch import nn
 from .anchors import decode
+from .checks import check_export
 
 # %% ../nbs/13b_deploy.ipynb #4137bde5
 class Deployable(nn.Module):
@@ -59,11 +57,7 @@ def to_onnx(
     Names and size go into the file's metadata. FileNotFoundError for a folder that is not
     there, ValueError where names and classes differ in number."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"to_onnx: there is no folder {path.parent}. Make it first.")
-    if len(classes) != model.n_classes:
-        raise ValueError(f"to_onnx: {len(classes)} names are given, and the model has "
-                         f"{model.n_classes} classes.")
+    check_export(path, classes, model.n_classes)
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -6,29 +6,14 @@
 __all__ = ['nms', 'detections', 'predict', 'show_detections']
 
 # %% ../nbs/10_nms.ipynb #b64a5554
-from contextlib import contextmanager
-import torch, torchvision
+import math, torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
+from .checks import (check_between, check_detections, check_finite, check_nms,
+                               check_picture)
+from .machine import evaluating
 from .plot import show_boxes, to_array
-
-# %% ../nbs/10_nms.ipynb #72665809
-def _check_range(where, **numbers):
-    "Raise for a number that is not between 0 and 1."
-    for name, x in numbers.items():
-        if not 0 <= x <= 1:
-            raise ValueError(f"{where}: {name} is {x}, and must lie between 0 and 1.")
-
-# %% ../nbs/10_nms.ipynb #02364404
-def _check_boxes(boxes, scores, labels):
-    "Raise for arguments of `nms` whose shapes do not fit."
-    n = len(boxes)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"nms: boxes has shape {list(boxes.shape)}, and [n,4] is needed.")
-    for name, x in (("scores", scores), ("labels", labels)):
-        if x is not None and x.shape != (n,):
-            raise ValueError(f"nms: {name} has shape {list(x.shape)}, and {n} boxes need [{n}].")
 
 # %% ../nbs/10_nms.ipynb #8b57046e
 def _some_classes(labels, n=250):
@@ -54,17 +39,14 @@ def nms(
     `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
     ValueError for shapes that do not fit, boxes that are not finite, or unless 0 <= iou <= 1.
     """
-    _check_range("nms", iou=iou)
-    _check_boxes(boxes, scores, labels)
+    check_nms(boxes, scores, labels, iou)
     if len(boxes) == 0: return torch.zeros(0, dtype=torch.long, device=boxes.device)
     if boxes.device.type == "mps":
-        return nms(boxes.cpu(), scores.cpu(), labels if labels is None else labels.cpu(),
-                   iou).to(boxes.device)
+        on_cpu = (x if x is None else x.cpu() for x in (boxes, scores, labels))
+        return nms(*on_cpu, iou).to(boxes.device)
     boxes, scores = boxes.double(), scores.double()
     region = boxes.max() - boxes.min() + 1
-    if not region.isfinite():
-        raise ValueError("nms: some boxes are not finite. Leave them out: boxes.isfinite().all(1) "
-                         "is True for the others.")
+    check_finite(region)
     if labels is None: return torchvision.ops.nms(boxes, scores, iou)
     moved = boxes + labels[:, None] * region                                              # [n,4]
     if len(boxes) <= 500 or boxes.device.type != "cpu":
@@ -78,16 +60,6 @@ def _best(keep, logits, n):
     "`keep` with at most `n` True in each row, those with the highest logits, [B,A*C]"
     if not (keep.sum(1, dtype=torch.int) > n).any(): return keep
     return keep & torch.zeros_like(keep).scatter_(1, logits.topk(n).indices, True)
-
-# %% ../nbs/10_nms.ipynb #43163ebc
-def _check_pred(offsets, logits, anchors):
-    "Raise for arguments of `detections` whose shapes do not fit."
-    shapes = (f"offsets {list(offsets.shape)}, logits {list(logits.shape)}, anchors "
-              f"{list(anchors.shape)}")
-    if logits.ndim != 3 or offsets.shape != (*logits.shape[:2],
-                                             4) or anchors.shape != (logits.shape[1], 4):
-        raise ValueError(f"detections: {shapes} do not fit together. [B,A,4], [B,A,C] and [A,4] "
-                         f"are needed.")
 
 # %% ../nbs/10_nms.ipynb #6b6be853
 @torch.no_grad()
@@ -107,53 +79,29 @@ def detections(
     fit, or unless score and iou lie between 0 and 1.
     """
     (offsets, logits), C = pred, pred[1].shape[-1]
-    _check_range("detections", score=score, iou=iou)
-    if min(candidates, top) < 0:
-        raise ValueError(f"detections: candidates={candidates} and top={top} must not be negative.")
-    _check_pred(offsets, logits, anchors)
+    check_detections(offsets, logits, anchors, score, iou, candidates, top)
+    # select: the answers above the threshold, at most `candidates` a picture
     offsets, logits = offsets.float(), logits.float().flatten(1)  # [B,A,4] [B,A*C]
     bar = torch.tensor(score, dtype=torch.double).logit().item()
     picture, which = _best(logits > bar, logits, candidates).nonzero(as_tuple=True)       # [n] [n]
     anchor, label, found = which // C, which % C, logits[picture, which]  # [n] [n] [n]
+    # decode: their boxes, inside the picture
     boxes = decode(offsets[picture, anchor], anchors[anchor]).clamp(0, size)              # [n,4]
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
+    # suppress: one box for each object, each class of each picture by itself
     stay = inside[nms(boxes[inside], found[inside], (picture * C + label)[inside], iou)]  # [m]
-    stay = stay[picture[stay].argsort(stable=True)]  # picture by picture, best first
+    # regroup: picture by picture, best first
+    stay = stay[picture[stay].argsort(stable=True)]                                       # [m]
     parts = stay.split(picture[stay].bincount(minlength=len(logits)).tolist())
     return [dict(boxes=boxes[i], scores=found[i].sigmoid(), labels=label[i])
             for i in (part[:top] for part in parts)]
-
-# %% ../nbs/10_nms.ipynb #2782790f
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode without gradients inside a `with`; afterwards every part of the model is in
-    the mode that it was in."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for part, mode in modes: part.training = mode
-
-# %% ../nbs/10_nms.ipynb #b82b11c5
-def _check_values(picture):
-    """Raise for numbers that are neither uint8 nor from 0 to 1: they would be shown to the network
-    as white."""
-    dtype = str(getattr(picture, "dtype", "uint8")).removeprefix("torch.")
-    if dtype in ("uint8", "bool") or 0 in picture.shape or 0 <= picture.min() <= picture.max() <= 1:
-        return
-    raise ValueError(f"predict: a picture of {dtype} goes from {float(picture.min()):g} to "
-                     f"{float(picture.max()):g}. Pass uint8, or numbers from 0 to 1.")
 
 # %% ../nbs/10_nms.ipynb #squish10
 def _squish(picture, size):
     """A picture of any kind as the network's input, uint8 `[3,size,size]`, and its own height and
     width."""
-    _check_values(picture)
+    check_picture(picture)
     image = torch.from_numpy(to_array(picture).copy()).permute(2, 0, 1)                   # [3,h,w]
-    if 0 in image.shape:
-        raise ValueError(f"predict: a picture of {image.shape[2]} x {image.shape[1]} pixels has "
-                         f"nothing in it.")
     return TF.resize(image, [size, size], antialias=True), image.shape[1:]
 
 # %% ../nbs/10_nms.ipynb #6ee5838a
@@ -185,10 +133,9 @@ def predict(
     picture that can't be read, ValueError for one of a wrong shape, or unless score and iou lie
     between 0 and 1 and bs is at least 1.
     """
-    _check_range("predict", score=score, iou=iou)
-    if bs < 1: raise ValueError(f"predict: bs is {bs}, and must be at least 1.")
+    check_between("predict", score=score, iou=iou), check_between("predict", 1, math.inf, bs=bs)
     if not isinstance(pictures, (list, tuple)): return predict(model, [pictures], score, iou, bs)[0]
-    with _evaluating(model):
+    with evaluating(model):
         batches = [_predict_batch(model, pictures[i:i + bs], score, iou)
                    for i in range(0, len(pictures), bs)]
     return sum(batches, [])

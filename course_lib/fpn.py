@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss
 from .anchors import decode, make_anchors
 from .boxes import area, pairwise_iou
-from .learn import backbone
+from .backbone import backbone
+from .checks import check_cells, ensure, one_of
 from .losses import SSDLoss
-from .match import strongest_first
+from .match import BACKGROUND, settle
 
 # %% ../nbs/12_fpn.ipynb #ffebc1b6
 def _separable(width, stride=1):
@@ -38,7 +39,7 @@ class FPN(nn.Module):
         (2017), section 4. ValueError unless width is a multiple of 8.
         """
         super().__init__()
-        if width % 8: raise ValueError(f"FPN: width is {width}, and must be a multiple of 8.")
+        ensure(width % 8 == 0, f"FPN: width is {width}, and must be a multiple of 8.")
         self.lateral = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
         self.smooth = nn.ModuleList([_separable(width) for _ in channels])
         self.more = nn.ModuleList([_separable(width, stride=2) for _ in range(extra)])
@@ -96,7 +97,7 @@ class RetinaNet(nn.Module):
     def forward(self, x):
         levels = self.fpn(self.body(x))
         def rows(maps, n):
-            return torch.cat([m.permute(0, 2, 3, 1).reshape(len(x), -1, n) for m in maps], 1)
+            return torch.cat([m.permute(0, 2, 3, 1).reshape(m.shape[0], -1, n) for m in maps], 1)
         offsets = rows([self.offsets(self.box_tower(m)) for m in levels], 4)              # [B,A,4]
         logits = rows([self.logits(self.class_tower(m)) for m in levels], self.n_classes)  # [B,A,C]
         return offsets, logits
@@ -141,11 +142,9 @@ def atss(
     algorithm 1. One rule is added, that of `match`: every object that overlaps an anchor at all
     gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
     """
-    (B, N), A, cells = labels.shape, len(anchors), sum(g * g for g in grids)
-    if A % cells:
-        raise ValueError(f"atss: {A} anchors can't belong to the {cells} cells of grids "
-                         f"{tuple(grids)}. Pass the model's own grids.")
-    if N == 0: return torch.full((B, A), -1, device=boxes.device)
+    (B, N), A = labels.shape, len(anchors)
+    check_cells(A, grids)
+    if N == 0: return torch.full((B, A), BACKGROUND, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
     near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]
     n, total = near.sum(2), (overlap * near).sum(2)                                        # [B,N]
@@ -154,11 +153,7 @@ def atss(
     inside = ((middle > boxes[..., None, :2]) & (middle < boxes[..., None, 2:])).all(3)    # [B,N,A]
     good = near & inside & (overlap >= (total / n + spread.sqrt())[..., None]) & (overlap > 0)
     best, matched = (overlap * good).max(1)                                                # [B,A]
-    matched, chosen = matched.masked_fill(best <= 0, -1), strongest_first(overlap)
-    matched = torch.where(chosen >= 0, chosen, matched)                                    # [B,A]
-    if difficult is None: return matched
-    hard = difficult.gather(1, matched.clamp(min=0)) & (matched >= 0)                      # [B,A]
-    return matched.masked_fill(hard, -2)
+    return settle(matched.masked_fill(best <= 0, BACKGROUND), overlap, difficult)
 
 # %% ../nbs/12_fpn.ipynb #afe86cba
 def giou(
@@ -186,8 +181,7 @@ def iou_losses(
 ) -> Tensor:         # [B,A]
     """1 - GIoU, or the CIoU loss, of the decoded boxes: `SSDLoss(anchors,
     box_losses=partial(iou_losses, anchors=anchors))`."""
-    if kind not in ("giou", "ciou"):
-        raise ValueError(f"iou_losses: unknown kind {kind!r}. Use 'giou' or 'ciou'.")
+    one_of("iou_losses: kind", kind, ("giou", "ciou"))
     found, wanted = decode(offsets, anchors), boxes.gather(1, index[..., None].expand(-1, -1, 4))
     return 1 - giou(found, wanted) if kind == "giou" else complete_box_iou_loss(found, wanted)
 

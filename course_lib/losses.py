@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from functools import partial
 from torch import nn
 from .anchors import encode
-from .match import match
+from .checks import one_of
+from .match import BACKGROUND, IGNORED, match
 
 # %% ../nbs/09_focal.ipynb #b7bfbd6e
 def _focal(logits, sign, alpha, gamma):
@@ -71,31 +72,19 @@ class SSDLoss(nn.Module):
         with a sigmoid for each class in place of a softmax.
         """
         super().__init__()
-        if kind not in ("bce", "hard", "focal"):
-            raise ValueError(f"SSDLoss: unknown kind {kind!r}. Use 'bce', 'hard' or 'focal'.")
+        one_of("SSDLoss: kind", kind, ("bce", "hard", "focal"))
         self.kind, self.negatives = kind, negatives
         self.alpha, self.gamma = (alpha, gamma) if kind == "focal" else (None, 0)
         self.assign = assign or partial(match, positive=positive, negative=negative)
         self.box_losses = box_losses or self.offset_losses
         self.box_weight = (self.alpha or 1.) if box_weight is None else box_weight
         self.register_buffer("anchors", anchors)
-        sides = anchors[:, 2:] - anchors[:, :2]
-        self.register_buffer("unit", anchors.new_tensor([-.5, -.5, .5, .5]), persistent=False)
-        self.register_buffer("places", encode(anchors, self.unit), persistent=False)  # [A,4]
-        # [A,4]
-        self.register_buffer("scales", torch.cat([1 / sides, torch.ones_like(sides)], 1),
-                             persistent=False)
-    def encoded(self, boxes, index):
-        """Each anchor's object as offsets from it, [B,A,4]: `encode(box, anchor)` is a difference,
-        (object - anchor) x scale, if both are encoded from one box of side 1 before, so
-        logarithms are needed for the N objects only."""
-        objects = encode(boxes, self.unit)  # [B,N,4]
-        return (objects.gather(1, index[..., None].expand(-1, -1, 4)) - self.places) * self.scales
     def offset_losses(self, offsets, boxes, index):
-        """Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of `boxes
-        [B,N,4]` is its object"""
-        return F.smooth_l1_loss(offsets, self.encoded(boxes, index).to(offsets),
-                                reduction="none").sum(2)
+        """Smooth L1 of each anchor's offsets, [B,A], where `index [B,A]` says which of
+        `boxes [B,N,4]` is its object"""
+        own = boxes.gather(1, index[..., None].expand(-1, -1, 4))                          # [B,A,4]
+        wanted = encode(own, self.anchors).to(offsets)
+        return F.smooth_l1_loss(offsets, wanted, reduction="none").sum(2)
     def class_losses(self, logits, own):
         """The class losses of each anchor, [B,A], where `own [B,A]` is the class of its object, -1
         for none"""
@@ -106,7 +95,7 @@ class SSDLoss(nn.Module):
     def hardest(self, losses, matched):
         """True for the matched anchors and, in each picture, `negatives` times as many
         backgrounds: the largest losses, ties to the lower anchor, [B,A]"""
-        positive, background = matched >= 0, matched == -1
+        positive, background = matched >= 0, matched == BACKGROUND
         # [B,1]
         n = torch.minimum(self.negatives * positive.sum(1, keepdim=True),
                           background.sum(1, keepdim=True))
@@ -125,9 +114,9 @@ class SSDLoss(nn.Module):
         positive, index = matched >= 0, matched.clamp(min=0)
         n = positive.sum().clamp(min=1)
         box_losses = self.box_losses(offsets, boxes, index)  # [B,A]
-        class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, -1))
+        class_losses = self.class_losses(logits, labels.gather(1, index).masked_fill(~positive, BACKGROUND))
         # [B,A]
-        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched > -2
+        counts = self.hardest(class_losses, matched) if self.kind == "hard" else matched != IGNORED
         return (box_losses * positive).sum() / n, (class_losses * counts).sum() / n
     def forward(self, pred, boxes, labels, difficult=None):
         box, classes = self.parts(pred, boxes, labels, difficult)

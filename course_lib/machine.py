@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['IN_TEST', 'judge', 'project_root', 'requirements', 'Check', 'spell', 'check_version', 'check_versions', 'check_pair',
            'cpu_count', 'memory_gb', 'check_memory', 'why_no_gpu', 'check_gpu', 'data_root', 'data_sets',
-           'check_folder', 'check_data', 'check_weights', 'Machine', 'check_machine']
+           'check_folder', 'check_data', 'check_weights', 'Machine', 'check_machine', 'pick_device', 'one_thread',
+           'keep_memory', 'evaluating', 'all_pictures']
 
 # %% ../nbs/81_machine.ipynb #60e8370c
-import importlib.metadata, importlib.util, os, platform, shutil, sys, textwrap, warnings
+import ctypes, importlib.metadata, importlib.util, os, platform, shutil, sys, textwrap
+import warnings
 from configparser import ConfigParser
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from packaging.requirements import Requirement
@@ -306,3 +309,59 @@ def check_machine(gpu: bool = False,
         raise RuntimeError(f"This needs a GPU and PyTorch has none here: {reason}; {remedy}.")
     return Machine([*check_versions(), check_pair(), *check_memory(), check_gpu(),
                     *check_data(data), check_weights()])
+
+# %% ../nbs/81_machine.ipynb #adf715ab
+def pick_device(
+    device=None, # "cpu", "cuda", "cuda:1", "mps", or None for the GPU if there is one
+):
+    "The `torch.device` to train on; RuntimeError in one sentence where it is not there"
+    import torch
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if there.get(device.type, True): return device
+    raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none on this "
+                       "machine. Run check_machine() to see why, or leave the argument out to "
+                       "train on the CPU.")
+
+# %% ../nbs/81_machine.ipynb #8827005a
+@contextmanager
+def one_thread():
+    """Let PyTorch use one core inside a `with`: a single picture is too small a job to be worth
+    sharing out"""
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/81_machine.ipynb #f31bfa90
+def keep_memory():
+    """Let the C library keep freed memory for the next step instead of returning it to Linux; True
+    if it could (glibc only)"""
+    if platform.libc_ver()[0] != "glibc": return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc = ctypes.CDLL("libc.so.6")
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+# %% ../nbs/81_machine.ipynb #2782790f
+@contextmanager
+def evaluating(model):
+    "Evaluation mode without gradients inside a `with`; afterwards every part is as it was"
+    import torch
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for part, mode in modes: part.training = mode
+
+# %% ../nbs/81_machine.ipynb #gatherall2
+def all_pictures(
+    mine, # list with an entry for each picture that this process has seen
+): # list with the entries of all processes
+    "What several processes found, in the order of the pictures that were dealt out one by one"
+    import torch.distributed as dist
+    if not (dist.is_available() and dist.is_initialized()): return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [x for row in zip_longest(*parts) for x in row if x is not None]

@@ -10,113 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-# %% ../nbs/11_map.ipynb #7eb76425
-def _column(items, what, key, default=None):
-    "The values of one key of every picture, as a list of tensors in memory of the processor."
-    values = []
-    for i, item in enumerate(items):
-        if key in item: x = torch.as_tensor(item[key]).detach().cpu()
-        elif default is None:
-            raise ValueError(f"{what}[{i}] has no {key!r}, only "
-                             f"{', '.join(map(repr, item)) or 'nothing'}.")
-        else: x = torch.full((len(item["boxes"]),), default)
-        values.append(x.reshape(0, 4) if key == "boxes" and x.numel() == 0 else x)
-    return values
-
-# %% ../nbs/11_map.ipynb #9abfb3a2
-def _flat(items, what, keys, n_classes):
-    "Lists of dicts as one long tensor for each key, with the number of each row's picture."
-    columns = {key: _column(items, what, key, default) for key, default in keys.items()}
-    sizes = [len(boxes) for boxes in columns["boxes"]]
-    for key, column in columns.items():
-        for i, (n, x) in enumerate(zip(sizes, column)):
-            if x.ndim == (2 if key == "boxes"
-                          else 1) and len(x) == n and (key != "boxes" or x.shape[1] == 4):
-                continue
-            needed = "[n,4]" if key == "boxes" else f"[{n}], one for each of its {n} boxes"
-            raise ValueError(f"{what}[{i}][{key!r}] has shape {list(x.shape)}, and {needed} "
-                             f"is needed.")
-    flat = {key: torch.cat(column) if column else torch.zeros(0, 4) if key == "boxes"
-            else torch.zeros(0)
-            for key, column in columns.items()}
-    flat["boxes"], flat["labels"] = flat["boxes"].double(), flat["labels"].long()
-    flat["picture"] = torch.repeat_interleave(torch.arange(len(items)),
-                                              torch.tensor(sizes, dtype=torch.long))
-    checks = {"labels": (flat["labels"] < 0) | (flat["labels"] >= n_classes),
-              "boxes": ~flat["boxes"].isfinite().all(1)}
-    if "scores" in flat: checks["scores"] = ~flat["scores"].isfinite()
-    for key, bad in checks.items():
-        if not bad.any(): continue
-        row = int(bad.int().argmax())
-        why = (f"labels are 0 to {n_classes - 1}" if key == "labels" else "that is not a number to "
-               "sort or compare")
-        raise ValueError(f"{what}[{int(flat['picture'][row])}][{key!r}] holds "
-                         f"{flat[key][row].tolist()}: {why}.")
-    return flat
-
-# %% ../nbs/11_map.ipynb #994d19dc
-def _read(preds, targets, n_classes, coco=False):
-    "Detections by class and then by score, best first; objects as they come."
-    if len(preds) != len(targets):
-        raise ValueError(f"{len(preds)} predictions for {len(targets)} targets. "
-                         "Both need one dict a picture, an empty one for a picture without any.")
-    if n_classes < 1: raise ValueError(f"n_classes is {n_classes}.")
-    found = _flat(preds, "preds", dict(boxes=None, scores=None, labels=None), n_classes)
-    extra = dict(iscrowd=False, area=float("nan")) if coco else dict(difficult=False)
-    objects = _flat(targets, "targets", dict(boxes=None, labels=None, **extra), n_classes)
-    order = found["scores"].argsort(descending=True, stable=True)
-    order = order[found["labels"][order].argsort(stable=True)]
-    return {"row": order} | {key: x[order] for key, x in found.items()}, objects
-
-# %% ../nbs/11_map.ipynb #7fba0a36
-def _overlaps(a, b, i, j, crowd=None):
-    """IoU of the boxes a[i] with b[j] in double precision; with a crowd: the share of a[i] that
-    lies in it."""
-    (ax, ay, aw, ah), (bx, by, bw, bh) = (torch.cat([x[:, :2], x[:, 2:] - x[:, :2]],
-                                                    1).T.contiguous() for x in (a, b))
-    # [pairs] each
-    ax, ay, aw, ah, bx, by, bw, bh = ax[i], ay[i], aw[i], ah[i], bx[j], by[j], bw[j], bh[j]
-    width = (torch.minimum(ax + aw, bx + bw) - torch.maximum(ax, bx)).clamp_(min=0)
-    height = (torch.minimum(ay + ah, by + bh) - torch.maximum(ay, by)).clamp_(min=0)
-    shared, own = width * height, aw * ah
-    whole = own + bw * bh - shared
-    if crowd is not None: whole = torch.where(crowd[j], own, whole)
-    return torch.where(shared > 0, shared / whole, 0.)
-
-# %% ../nbs/11_map.ipynb #6a84cf38
-def _pairs(a, b, group_a, group_b, least, later=False, crowd=None, at_once=1_000_000):
-    """Pairs of a box in `a` and a box in `b` of the same group whose overlap is at least `least`:
-    i, j, overlap.
-
-    Sorted by i, best overlap first, ties to the lower j, or to the higher if `later`. `at_once`
-    pairs in memory.
-    """
-    order = group_b.argsort(stable=True)
-    groups = group_b[order]
-    start, end = (torch.searchsorted(groups, group_a),
-                  torch.searchsorted(groups, group_a, right=True))
-    some = (end > start).nonzero()[:, 0]
-    start, n = start[some], (end - start)[some]
-    before, parts = n.cumsum(0) - n, []
-    for k in torch.arange(len(some)).split(torch.bincount(before // at_once).tolist() if len(some)
-                                           else 1):
-        within = torch.arange(int(n[k].sum())) + before[k[:1]] - before[k].repeat_interleave(n[k])
-        i, j = some[k].repeat_interleave(n[k]), order[start[k].repeat_interleave(n[k]) + within]
-        overlap = _overlaps(a, b, i, j, crowd)
-        near = overlap >= least
-        parts.append((i[near], j[near], overlap[near]))
-    i, j, overlap = ((torch.cat(x) for x in zip(*parts)) if parts
-                     else (order[:0], order[:0], torch.zeros(0, dtype=torch.double)))
-    if later: i, j, overlap = i.flip(0), j.flip(0), overlap.flip(0)
-    best = overlap.argsort(descending=True, stable=True)
-    best = best[i[best].argsort(stable=True)]
-    return i[best], j[best], overlap[best]
-
-# %% ../nbs/11_map.ipynb #1155fccd
-def _first(i):
-    "True for the first row of each run of equal values."
-    return torch.cat([i.new_ones(min(len(i), 1)), i.diff()]) != 0
+from .checks import ensure, one_of
+from .tables import first, pairs, rank, read, running
 
 # %% ../nbs/11_map.ipynb #3bf4b4dc
 def _match_voc(found, objects, n_classes, iou):
@@ -126,19 +21,13 @@ def _match_voc(found, objects, n_classes, iou):
     first that takes it.
     """
     group = [x["picture"] * n_classes + x["labels"] for x in (found, objects)]
-    i, j, _ = _pairs(found["boxes"], objects["boxes"], *group, iou)
-    best = _first(i)
+    i, j, _ = pairs(found["boxes"], objects["boxes"], *group, iou)
+    best = first(i)
     i, j = i[best], j[best]
-    first = torch.full((len(objects["boxes"]),),
-                       len(found["boxes"])).scatter_reduce_(0, j, i, "amin")
+    taker = torch.full((len(objects["boxes"]),), len(found["boxes"]))
+    taker.scatter_reduce_(0, j, i, "amin")
     ignored = objects["difficult"].bool()[j]
-    return i, j, (first[j] == i) & ~ignored, ignored
-
-# %% ../nbs/11_map.ipynb #9768ae52
-def _running(x, starts, labels):
-    "Running sum over the rows of each class; `starts [C]` are the first rows of the classes."
-    total = torch.cat([x.new_zeros(1, *x.shape[1:]), x]).cumsum(0)
-    return total[1:] - total[starts][labels]
+    return i, j, (taker[j] == i) & ~ignored, ignored
 
 # %% ../nbs/11_map.ipynb #8e60222e
 def _precision(found, rows, right, ignored, counts, n_classes):
@@ -152,10 +41,10 @@ def _precision(found, rows, right, ignored, counts, n_classes):
     labels, starts = found["labels"], torch.searchsorted(found["labels"], torch.arange(n_classes))
     others = counts.clone()
     others[rows] = False
-    others = _running(others.int(), starts, labels)[rows]                                   # [R,A]
-    mine, first = labels[rows], torch.searchsorted(rows, starts)
-    hits = _running(right.int(), first, mine)                                               # [R,V]
-    counted = (_running((~ignored).int(), first, mine)
+    others = running(others.int(), starts, labels)[rows]                                   # [R,A]
+    mine, begin = labels[rows], torch.searchsorted(rows, starts)
+    hits = running(right.int(), begin, mine)                                               # [R,V]
+    counted = (running((~ignored).int(), begin, mine)
                + others.repeat(1, right.shape[1] // others.shape[1]))
     r, v = right.nonzero(as_tuple=True)
     hits = hits[r, v]
@@ -179,15 +68,10 @@ class Scored:
     # none
     stats: Tensor=None
 
-# %% ../nbs/11_map.ipynb #e939dc8c
-def _mean(x):
-    "The mean of what is not nan, or nan."
-    return float(x.nanmean())
-
 # %% ../nbs/11_map.ipynb #f81d4d3f
 def _voc(preds, targets, n_classes, iou, style):
     "`mean_ap` for the styles area and 11pt."
-    found, objects = _read(preds, targets, n_classes)
+    found, objects = read(preds, targets, n_classes)
     rows, _, right, ignored = _match_voc(found, objects, n_classes, iou)
     n = torch.bincount(objects["labels"][~objects["difficult"].bool()], minlength=n_classes)  # [C]
     counts = torch.ones(len(found["boxes"]), 1, dtype=torch.bool)
@@ -199,19 +83,11 @@ def _voc(preds, targets, n_classes, iou, style):
     table = _envelope(label, v, level, precision, (n_classes, levels, 1))[..., 0]  # [C,levels]
     ap = table.mean(1) if style == "11pt" else table.sum(1) / n
     ap = ap.masked_fill(n == 0, float("nan"))
-    return Scored(_mean(ap), ap)
-
-# %% ../nbs/11_map.ipynb #f9a2b87d
-def _rank(groups):
-    "For each row, how many of the same group come before it."
-    order = groups.argsort(stable=True)
-    ordered, rank = groups[order], torch.empty_like(groups)
-    rank[order] = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
-    return rank
+    return Scored(float(ap.nanmean()), ap)
 
 # %% ../nbs/11_map.ipynb #8aa578ff
 def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
-    """COCO's rule for the pairs of `_pairs`: 2 for a detection that is right, 1 where its object
+    """COCO's rule for the pairs of `pairs`: 2 for a detection that is right, 1 where its object
     is ignored, 0 for none: rows [R], [R,T,A].
 
     Best score first, each detection takes the object it overlaps most of those still free, real
@@ -221,7 +97,7 @@ def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
     """
     T, A, G = len(thresholds), ignore.shape[1], len(crowd)
     rows, row = i.unique_consecutive(return_inverse=True)
-    slot, R = _rank(row), len(rows)
+    slot, R = rank(row), len(rows)
     objects = torch.full((R, int(slot.max()) + 1 if R else 1), G)
     near = torch.zeros(objects.shape, dtype=torch.double)
     objects[row, slot], near[row, slot] = j, overlap  # [R,S] best first
@@ -231,8 +107,8 @@ def _match_coco(i, j, overlap, group, ignore, crowd, thresholds):
     taken[G] = True
     result, t, a = (torch.zeros(R, T, A, dtype=torch.uint8), torch.arange(T)[:, None],
                     torch.arange(A))
-    rank = _rank(group[rows])
-    for r in rank.argsort(stable=True).split(torch.bincount(rank).tolist() if R else 1):
+    turn = rank(group[rows])
+    for r in turn.argsort(stable=True).split(torch.bincount(turn).tolist() if R else 1):
         o = objects[r]                                                                      # [n,S]
         free = (near[r][..., None] >= thresholds)[..., None] & ~taken[o]  # [n,S,T,A]
         value, choice = (free.to(torch.uint8) * (2 - ignore[o].to(torch.uint8))[:, :, None]).max(1)
@@ -252,7 +128,7 @@ def _outside(area):
     return (area[:, None] < _RANGES[:, 0]) | (area[:, None] > _RANGES[:, 1])
 
 # %% ../nbs/11_map.ipynb #8cc9b0af
-def _coco_stats(found, rank, rows, right, ignored, counts, n):
+def _coco_stats(found, place, rows, right, ignored, counts, n):
     """AP of each class and the twelve numbers, from what became of the detections `rows`: right,
     ignored [R,T,A]; n [C,A] objects."""
     (R, T, A), C = right.shape, len(n)
@@ -262,34 +138,34 @@ def _coco_stats(found, rank, rows, right, ignored, counts, n):
     level = torch.searchsorted(_LEVELS, hits / n[label, v % A], right=True) - 1
     ap = _envelope(label, v, level, precision, (C, len(_LEVELS), T * A)).mean(1).view(C, T, A)
     ap = ap.masked_fill(n[:, None] == 0, float("nan"))  # [C,T,A]
-    first = torch.stack([right & (rank[rows] < most)[:, None, None] for most in (1, 10, 100)],
+    early = torch.stack([right & (place[rows] < most)[:, None, None] for most in (1, 10, 100)],
                         -1).double()
-    recall = (first.new_zeros(C, T, A, 3).index_add_(0, found["labels"][rows], first)
-              / n[:, None, :, None])
+    recall = early.new_zeros(C, T, A, 3).index_add_(0, found["labels"][rows], early)
+    recall = recall / n[:, None, :, None]  # [C,T,A,3]
     parts = [ap[..., 0], ap[:, 0, 0], ap[:, 5, 0], *ap[..., 1:].unbind(2),
              *recall[:, :, 0].unbind(2), *recall[:, :, 1:, 2].unbind(2)]
-    return (ap[..., 0].mean(1), torch.tensor([_mean(x) for x in parts],
+    return (ap[..., 0].mean(1), torch.tensor([x.nanmean() for x in parts],
                                              dtype=torch.double).nan_to_num(-1))
 
 # %% ../nbs/11_map.ipynb #42dcc624
 def _coco(preds, targets, n_classes):
     "`mean_ap` for the style coco."
-    found, objects = _read(preds, targets, n_classes, coco=True)
-    rank = _rank(found["picture"] * n_classes + found["labels"])
-    kept = rank < 100
-    found, rank = {key: x[kept] for key, x in found.items()}, rank[kept]
+    found, objects = read(preds, targets, n_classes, coco=True)
+    place = rank(found["picture"] * n_classes + found["labels"])
+    kept = place < 100
+    found, place = {key: x[kept] for key, x in found.items()}, place[kept]
     group = [x["picture"] * n_classes + x["labels"] for x in (found, objects)]
     area, own = ((x["boxes"][:, 2:] - x["boxes"][:, :2]).prod(1) for x in (found, objects))
     own = torch.where(objects["area"].isnan(), own, objects["area"].double())
     crowd, outside = objects["iscrowd"].bool(), _outside(area)  # [G] [N,A]
     ignore = _outside(own) | crowd[:, None]                                                 # [G,A]
-    pairs = _pairs(found["boxes"], objects["boxes"], *group, .5, later=True, crowd=crowd)
-    rows, value = _match_coco(*pairs, group[0], ignore, crowd, _THRESHOLDS)  # [R] [R,T,A]
+    met = pairs(found["boxes"], objects["boxes"], *group, .5, later=True, crowd=crowd)
+    rows, value = _match_coco(*met, group[0], ignore, crowd, _THRESHOLDS)  # [R] [R,T,A]
     ignored = (value == 1) | ((value == 0) & outside[rows][:, None])
     n = torch.zeros(n_classes, len(_RANGES),
                     dtype=torch.double).index_add_(0, objects["labels"], (~ignore).double())
-    ap, stats = _coco_stats(found, rank, rows, value == 2, ignored, ~outside, n)
-    return Scored(_mean(ap), ap, stats)
+    ap, stats = _coco_stats(found, place, rows, value == 2, ignored, ~outside, n)
+    return Scored(float(ap.nanmean()), ap, stats)
 
 # %% ../nbs/11_map.ipynb #1391621c
 def mean_ap(
@@ -312,9 +188,8 @@ def mean_ap(
     unequal lengths, labels outside 0..C-1, boxes or scores that are not finite, an unknown
     style.
     """
-    if style not in ("area", "11pt", "coco"):
-        raise ValueError(f"mean_ap: unknown style {style!r}. Use 'area', '11pt' or 'coco'.")
-    if not 0 < iou <= 1: raise ValueError(f"mean_ap: 0 < iou <= 1 is needed, not {iou}.")
+    one_of("mean_ap: style", style, ("area", "11pt", "coco"))
+    ensure(0 < iou <= 1, f"mean_ap: 0 < iou <= 1 is needed, not {iou}.")
     return (_coco(preds, targets, n_classes) if style == "coco"
             else _voc(preds, targets, n_classes, iou, style))
 
@@ -336,7 +211,7 @@ def precision_recall(
 ): # a `Curve`
     """Precision and recall of one class as the score falls, by VOC's rule; recall is nan where
     there is nothing to find."""
-    found, objects = _read(preds, targets, n_classes)
+    found, objects = read(preds, targets, n_classes)
     rows, _, right, ignored = _match_voc(found, objects, n_classes, iou)
     hit, counts = torch.zeros(len(found["boxes"]), dtype=torch.bool), found["labels"] == label
     hit[rows], counts[rows] = right, counts[rows] & ~ignored
@@ -352,13 +227,13 @@ KINDS = ("right", "ignored", "localisation", "class", "duplicate", "background",
 def _nearest(found, objects, low):
     """The largest overlap, from `low` on, of each detection with an object of another class, and
     of its own: overlaps [2,N], which [2,N]."""
-    i, j, overlap = _pairs(found["boxes"], objects["boxes"], found["picture"], objects["picture"],
+    i, j, overlap = pairs(found["boxes"], objects["boxes"], found["picture"], objects["picture"],
                            low)
     same, N = found["labels"][i] == objects["labels"][j], len(found["boxes"])
     best, which = torch.zeros(2, N, dtype=torch.double), torch.full((2, N), -1)
     for row, of in enumerate((~same, same)):
-        first = _first(i[of])
-        best[row, i[of][first]], which[row, i[of][first]] = overlap[of][first], j[of][first]
+        a, b, o = (x[of][first(i[of])] for x in (i, j, overlap))
+        best[row, a], which[row, a] = o, b
     return best, which
 
 # %% ../nbs/11_map.ipynb #927d3b75
@@ -380,9 +255,8 @@ def error_kinds(
     overlap). Missed: not found, not difficult, and not the object of a localisation or class
     error. Bolya et al., TIDE (2020), section 2.2.
     """
-    if not 0 < low < iou:
-        raise ValueError(f"error_kinds: 0 < low < iou is needed, not low={low}, iou={iou}.")
-    found, objects = _read(preds, targets, n_classes)
+    ensure(0 < low < iou, f"error_kinds: 0 < low < iou is needed, not low={low}, iou={iou}.")
+    found, objects = read(preds, targets, n_classes)
     rows, taken, right, ignored = _match_voc(found, objects, n_classes, iou)
     (other, mine), which = _nearest(found, objects, low)
     kind, about = (torch.full_like(which[0], KINDS.index("background")),

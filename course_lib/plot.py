@@ -16,7 +16,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .data import as_rgb, open_image
+from .checks import check_lengths, check_names, check_pixels, ensure
+from .files import as_rgb, open_image
 
 # %% ../nbs/01b_plot.ipynb #8a918fa3
 def to_array(image) -> np.ndarray:
@@ -29,9 +30,7 @@ def to_array(image) -> np.ndarray:
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
     image = np.asarray(image)
     if image.ndim == 2: image = image[..., None]
-    if image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise ValueError(f"image: shape {tuple(image.shape)} is not one picture. Pass [H,W,3] or a "
-                         f"[3,H,W] tensor.")
+    check_pixels(image)
     if image.dtype != np.uint8:
         image = (np.nan_to_num(image.astype(float)).clip(0, 1) * 255).round().astype(np.uint8)
     return image.repeat(3, axis=2) if image.shape[2] == 1 else image
@@ -99,18 +98,12 @@ def _tag(ax, box, text, color):
 # %% ../nbs/01b_plot.ipynb #1662e1a5
 def _captions(n, labels, classes, scores, difficult):
     "A caption and a colour's number for each box; number -1 is padding."
-    for name, given in (("labels", labels), ("scores", scores), ("difficult", difficult)):
-        if given is not None and len(given) != n:
-            raise ValueError(f"{name}: {len(given)} for {n} boxes. Pass one for each box.")
+    check_lengths(n, labels=labels, scores=scores, difficult=difficult)
     keys = [0] * n if labels is None else [x if isinstance(x, str) else int(x) for x in labels]
     known = sorted({k for k in keys if isinstance(k, str)}) if classes is None else list(classes)
-    ids = [k if not isinstance(k, str) else known.index(k) if k in known else len(known)
-           for k in keys]
-    nameless = [k for k in keys if classes is not None and not isinstance(k, str)
-                and k >= len(known)]
-    if nameless:
-        raise ValueError(f"labels: {nameless[0]} has no name: {len(known)} classes have ids from 0 "
-                         f"to {len(known) - 1}.")
+    place = {name: i for i, name in enumerate(known)}
+    ids = [place.get(k, len(known)) if isinstance(k, str) else k for k in keys]
+    check_names(keys, classes)
     def written(key):
         if isinstance(key, str): return key
         return str(key) if classes is None or key < 0 else known[key]
@@ -149,8 +142,7 @@ def show_boxes(
     A bright line lies on a wider dark one; names stand on filled tags that stay inside the
     picture. ValueError if there is nothing to draw on, or if labels, scores or difficult do not
     fit the boxes."""
-    if image is None and ax is None:
-        raise ValueError("image: it is None and so is ax. Pass a picture, or the axes to draw on.")
+    ensure(image is not None or ax, "image: it is None and so is ax. Pass a picture, or axes.")
     if image is not None: ax = show_image(image, ax, size=size)
     _title(ax, title)
     ax.apply_aspect()
@@ -174,7 +166,7 @@ def show_grid(
     size=2.6,           # inches of the side of each picture's cell
 ):
     "Show pictures with their boxes in rows, and return the matplotlib figure."
-    if not len(records): raise ValueError("records: the list is empty. Pass at least one record.")
+    ensure(len(records), "records: the list is empty. Pass at least one record.")
     cols = min(cols, len(records))
     rows = -(-len(records) // cols)
     fig, axes = plt.subplots(rows, cols, figsize=(cols * size, rows * size), squeeze=False,

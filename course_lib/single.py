@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
-from .data import open_image
+from .files import open_image
 from .learn import class_loss
+from .machine import evaluating
 
 # %% ../nbs/05_single.ipynb #856fc231
 class SingleHead(nn.Module):
@@ -31,11 +32,10 @@ class SingleHead(nn.Module):
         super().__init__()
         cells = (-(-size // stride)) ** 2
         self.size, self.n_classes = size, n_classes
-        self.hidden = nn.Sequential(
-            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(drop),
-            nn.Linear(128 * cells, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Dropout(drop))
+        self.hidden = nn.Sequential(nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128),
+                                    nn.ReLU(), nn.Flatten(), nn.Dropout(drop),
+                                    nn.Linear(128 * cells, hidden, bias=False),
+                                    nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(drop))
         self.out = nn.Linear(hidden, 4 + n_classes)
     def forward(self, x):
         boxes, logits = self.out(self.hidden(x)).split([4, self.n_classes], dim=1)   # [B,4], [B,C]
@@ -74,10 +74,7 @@ def predict_largest(
     size, device = model[1].size, next(model.parameters()).device
     x = TF.resize(tv_tensors.Image(image.convert("RGB")), [size, size],
                   antialias=True).as_subclass(torch.Tensor)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(): boxes, logits = model(x[None].to(device).float() / 255)
-    model.train(was_training)
+    with evaluating(model): boxes, logits = model(x[None].to(device).float() / 255)
     probability, label = logits[0].softmax(0).cpu().max(0)
     width, height = image.size
     return (boxes[0].cpu() * torch.tensor([width, height, width, height]) / size, classes[label],

@@ -6,11 +6,11 @@
 __all__ = ['SSDHead', 'SSD']
 
 # %% ../nbs/08b_ssd.ipynb #0bcd165b
-import math
-import torch
+import math, torch
 from torch import nn
 from .anchors import make_anchors
-from .learn import backbone
+from .backbone import backbone
+from .checks import check_grid
 
 # %% ../nbs/08b_ssd.ipynb #32816be5
 def _conv(n_in, n_out, kernel=3, stride=1, padding=1):
@@ -26,10 +26,8 @@ def _shrink(cells, grid):
     kernel = max(3, stride)
     reach = (grid - 1) * stride + kernel
     padding = (reach - cells + 1) // 2
-    if 0 < grid <= cells and padding < kernel: return kernel, stride, padding
-    raise ValueError(f"grids: a map of {cells} x {cells} cells can't be made into {grid} x {grid}. "
-                     f"Take {cells} or {-(-cells // 2)} there, and halve from one grid "
-                     f"to the next.")
+    check_grid(cells, grid, 0 < grid <= cells and padding < kernel)
+    return kernel, stride, padding
 
 # %% ../nbs/08b_ssd.ipynb #354b8b69
 class SSDHead(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import course_lib.metrics as metrics
+from course_lib import tables
 from course_lib.metrics import KINDS, error_kinds, mean_ap, precision_recall
 
 
@@ -346,7 +346,7 @@ def test_pairs_in_parts(at_once):
     boxes = [torch.cat([d["boxes"] for d in x]) for x in (preds, targets)]
     groups = [torch.tensor([i for i, d in enumerate(x) for _ in d["boxes"]])
               for x in (preds, targets)]
-    whole, parts = (metrics._pairs(*boxes, *groups, .1, at_once=n) for n in (10**6, at_once))
+    whole, parts = (tables.pairs(*boxes, *groups, .1, at_once=n) for n in (10**6, at_once))
     assert len(whole[0]) > 20 and all(torch.equal(a, b) for a, b in zip(whole, parts))
 
 
