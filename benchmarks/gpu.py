@@ -236,6 +236,7 @@ def machine(device):
 def ready(args):
     "What every unit is told, when all that it needs is imported."
     import gpu_parts
+    if args.tiny: gpu_parts.torch.set_num_threads(1)
     device = args.device or ("cuda" if gpu_parts.torch.cuda.is_available() else "cpu")
     return SimpleNamespace(device=device, tiny=args.tiny, out=args.out, until=args.until,
                            data=args.data, skip=args.skip, units=gpu_parts.UNITS,
