@@ -61,14 +61,18 @@ def needs_of(names):
     return found
 
 
-def packages(lacks=()):
-    "Name and version of each package that the library imports and that is not taken to be there."
+def imported():
+    "The packages that the library imports."
     env = dict(os.environ, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACE], env=env, check=True,
                          capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def packages(names, lacks=()):
+    "Name and version of each of the packages that is not taken to be there."
     there = needs_of(THERE) - {normal(n) for n in lacks} | {"course-lib", "pip", "setuptools"}
-    return {n: metadata.version(n) for n in json.loads(out.splitlines()[-1])
-            if normal(n) not in there}
+    return {n: metadata.version(n) for n in [*names, *lacks] if normal(n) not in there}
 
 
 def fetch_wheels(names, folder, python):
@@ -156,9 +160,8 @@ def pack(args, parser, names=None):
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
     try:
         (part / "wheels").mkdir()
-        names = packages(args.lacks) if names is None else names
-        lacking = {n: metadata.version(n) for n in args.lacks if n not in names}
-        if names or lacking: fetch_wheels(names | lacking, part / "wheels", args.python)
+        names = packages(imported() if names is None else names, args.lacks)
+        if names: fetch_wheels(names, part / "wheels", args.python)
         room = args.limit * 2**20 - bytes_of(part, say=False)
         quality = pack_photographs(voc, part / "photographs.zip", args.side, room)
         if quality is None:
@@ -186,15 +189,16 @@ def missing(folder):
     except ImportError: pass
     for wheel in sorted(folder.glob("*.whl")):
         name = normal(wheel.name.split("-")[0])
-        try: fits = name not in wanted or wanted[name].contains(metadata.version(name), True)
+        try: version = metadata.version(name)
         except metadata.PackageNotFoundError: fits = False
+        else: fits = name not in wanted or wanted[name].contains(version, True)
         if not fits: yield wheel
 
 
 def set_up(folder):
     "Unpack and install, without a network."
     folder = Path(folder).resolve()
-    for name in ("data", "site"): shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("data", "data.part", "site"): shutil.rmtree(folder / name, ignore_errors=True)
     with zipfile.ZipFile(folder / "photographs.zip") as packed:
         packed.extractall(folder / "data.part")
     wheels = list(missing(folder / "wheels")) if (folder / "wheels").is_dir() else []
@@ -203,16 +207,16 @@ def set_up(folder):
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps",
                         "--no-compile", "--no-cache-dir", "--target", str(folder / "site"),
                         *map(str, wheels)], check=True)
-    (folder / "data.part").rename(folder / "data")
     path = os.pathsep.join([str(folder / "site"), str(ROOT)])
     print(f"installed {len(wheels)} packages: {', '.join(w.name.split('-')[0] for w in wheels)}",
           flush=True)
     tried = subprocess.run([sys.executable, "-W", "ignore", "-c", TRACE], capture_output=True,
-                           env=dict(os.environ, PYTHONPATH=path, COURSE_DATA=str(folder / "data"),
-                                    HF_HUB_OFFLINE="1"), text=True)
+                           env=dict(os.environ, PYTHONPATH=path, HF_HUB_OFFLINE="1",
+                                    COURSE_DATA=str(folder / "data.part")), text=True)
     if tried.returncode:
         sys.exit("The library does not import here: "
                  f"{(tried.stderr.strip() or 'no reason given').splitlines()[-1]}\nA package that "
                  "is missing can be named with --lacks when packing.")
+    (folder / "data.part").rename(folder / "data")
     print(f"ready: python benchmarks/gpu.py --packed {folder} --out OUT\n"
           f"(or by hand: PYTHONPATH={path} COURSE_DATA={folder / 'data'})")

@@ -26,8 +26,9 @@ what was predicted beside what was found. What is there already, from a card of 
 not measured again, so the same command goes on after whatever stopped it, and --again PART
 measures a part anew. A unit that fails is kept with its error and traceback, and the next one
 follows; one that kills its process or leaves the GPU unusable costs a new process, and no more.
-Every part has a time limit, and a unit that would not fit into the time left is left out and
-named. OUT/gpu.log has what the processes said.
+Every part has a time limit, to which is added what the parts before it did not need. A unit that
+would not fit into the time left is left out and named: call again for it. OUT/gpu.log has what
+the processes said.
 
 How time is measured. Steps and calls are warmed up before. A step is the time between two CUDA
 events, one before each step of a queue of steps, so the host's work is hidden where the GPU is
@@ -55,8 +56,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-# seconds that each part may take
-PARTS = dict(agree=75, speedrun=210, step=180, loss=60, predict=90, lessons=100)
+# seconds that each part may take, and what the parts before it have left of theirs
+PARTS = dict(agree=60, speedrun=145, step=115, loss=35, predict=50, lessons=60)
 
 # Written before the first run on a GPU, for one of the size of an H100 with 16 processor cores.
 PREDICTED = dict(
@@ -121,7 +122,7 @@ def environment(packed):
 class Stopped(Exception): "A process that measures has ended before its time."
 
 
-def follow_lines(process, until, limits, share):
+def follow_lines(process, until):
     """Print what the worker prints until it ends; Stopped with the part and the unit that it was
     at, and the reason, if it is not over in time or dies."""
     lines, part, unit, end = queue.Queue(), None, None, until
@@ -134,15 +135,13 @@ def follow_lines(process, until, limits, share):
         except queue.Empty: line = ""
         if line is None: break
         if line.startswith("@part "):
-            part, unit = line.split()[1], None
-            end = min(until, time.monotonic() + limits[part] * share)
+            part, unit, end = line.split()[1], None, float(line.split()[2])
         elif line.startswith("@unit "): unit = line[6:].strip()
         elif line: print(line, end="", flush=True)
         if time.monotonic() > end + 2:
-            why = "the time of all parts" if end == until else f"the part's {limits[part]} s"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            raise Stopped(part, unit, f"stopped: {why} was over", False)
+            raise Stopped(part, unit, "stopped: the time was over", False)
     code = process.wait()
     if code: raise Stopped(part, unit, f"its process ended with code {code}", True)
 
@@ -161,7 +160,7 @@ def conduct(args):
             begin = errors.tell()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True,
                                        start_new_session=True, env=environment(args.packed))
-            try: follow_lines(process, until, PARTS, 3 if args.tiny else 1)
+            try: follow_lines(process, until)
             except Stopped as stop: part, unit, why, again = stop.args
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -169,7 +168,7 @@ def conduct(args):
             else: break
         said = log.read_bytes()[begin:].decode(errors="replace")[-3000:]
         if part is None:
-            print(f"The measuring process {why} before it could measure:\n{said}")
+            print(f"Nothing could be measured: {why}.\n{said}")
             return False
         file = args.out / f"gpu-{part}.json"
         report = read(file)
@@ -236,8 +235,12 @@ def machine(device):
 def ready(args):
     "What every unit is told, when all that it needs is imported."
     import gpu_parts
+    there = gpu_parts.torch.cuda.is_available()
+    if not (there or args.device or args.tiny):
+        sys.exit("PyTorch finds no GPU here. --tiny rehearses without one, and --device cpu "
+                 "measures the processor.")
     if args.tiny: gpu_parts.torch.set_num_threads(1)
-    device = args.device or ("cuda" if gpu_parts.torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if there else "cpu")
     return SimpleNamespace(device=device, tiny=args.tiny, out=args.out, until=args.until,
                            data=args.data, skip=args.skip, units=gpu_parts.UNITS,
                            torch=gpu_parts.torch, code=library())
@@ -246,10 +249,13 @@ def ready(args):
 def worker(args):
     "Measure the parts named, in this process."
     s = ready(args)
+    s.end = time.monotonic()
     s.machine = machine(s.device) | dict(start_seconds=round(time.perf_counter() - START, 2))
     print(f"{s.machine['device']}, torch {s.machine['torch']}: ready after "
           f"{s.machine['start_seconds']} s", flush=True)
-    for part in args.worker: measure(part, s)
+    for part in args.worker:
+        s.end = min(s.until, max(s.end, time.monotonic()) + PARTS[part] * (3 if s.tiny else 1))
+        measure(part, s)
 
 
 def measure(part, s):
@@ -264,15 +270,13 @@ def measure(part, s):
     # what failed in this run stays failed, what failed in an earlier one has another chance
     report["failed"] = {k: v for k, v in report["failed"].items() if f"{part}/{k}" in s.skip}
     write(report, file)
-    print(f"@part {part}", flush=True)
-    print(f"{part}:", flush=True)
-    end = min(s.until, time.monotonic() + PARTS[part] * (3 if s.tiny else 1))
+    print(f"@part {part} {s.end}\n{part}:", flush=True)
     try: units = s.units[part](s)
     except Exception as error: return failed(report, file, "making ready", error, s)
     report["units"] = list(units)
     for name, (need, unit) in units.items():
         if name in report["results"] or f"{part}/{name}" in s.skip: continue
-        left = end - time.monotonic()
+        left = s.end - time.monotonic()
         if left < (0 if s.tiny else need):
             report["left_out"][name] = f"{left:.0f} s were left, and it takes about {need}"
             continue
@@ -316,7 +320,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, help="folder for the JSON files")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--again", nargs="+", choices=PARTS, default=[], help="measure these anew")
-    p.add_argument("--budget", type=float, default=470, help="seconds for everything")
+    p.add_argument("--budget", type=float, default=475, help="seconds for everything")
     p.add_argument("--device", default=None, help="cuda or cpu; default: the GPU if there is one")
     p.add_argument("--tiny", action="store_true", help="the rehearsal: tiny sizes, drawn pictures")
     p.add_argument("--data", help="the photographs, in VOC's layout; default: VOC2012-animals "

@@ -2,8 +2,8 @@
 a unit takes and a function that measures it and returns what is to be kept.
 
 Every part takes `s`: the `device` ("cuda" or "cpu"), `tiny` (the rehearsal?), `out` (the folder
-for results), `data` (the folder of the photographs, or None), `until` (the moment, by
-time.monotonic, when everything must be over).
+for results), `data` (the folder of the photographs, or None), `end` (the moment, by
+time.monotonic, when the part must be over).
 """
 import json, statistics, subprocess, sys, tempfile, time, traceback, warnings
 from collections import Counter
@@ -39,6 +39,7 @@ from course_lib.pocket import make_pocket
 from course_lib.recipe import EMA, Half, fast_learner, one_cycle, train
 from course_lib.single import SingleHead, SingleLoss
 
+WATCHED = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
 BARS = 65, 70, 72
 RUNS = {  # settings of the speed run, in order of worth
     "64 x 24": dict(size=288, bs=64, epochs=24, lr=7e-3, ema=.98),
@@ -91,8 +92,7 @@ def call_seconds(calls, repeats, s):
 
 def seen(run, s):
     "What the profiler sees of a call on the GPU: numbers of events, and seconds of kernels."
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=WATCHED) as profile:
         run()
         finish(s)
     events = [e for e in profile.events() if not getattr(e, "is_user_annotation", False)]
@@ -388,9 +388,11 @@ def speedrun(s):
                    *["--tiny"] * s.tiny]
         if s.tiny and not s.data: command += ["--data", str(drawn(s, "photographs", 8))]
         elif s.data: command += ["--data", s.data]
-        limit = max(10, s.until - time.monotonic())
+        limit = max(10, s.end - time.monotonic())
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        if done.returncode: raise RuntimeError(f"{name}: {done.stderr[-2500:]}")
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise RuntimeError(f"{last}\n(code {done.returncode})\n{done.stderr[-2500:]}")
         return json.loads(done.stdout.splitlines()[-1])
     return {name: (25 + 1.2 * run["epochs"], partial(one, name))
             for name, run in (TINY_RUNS if s.tiny else RUNS).items()}
@@ -496,7 +498,8 @@ def step(s):
         return row
     if s.tiny:
         plan = [("torchvision", 2, 0), ("torchvision bf16", 2, 0), ("ours", 2, 0),
-                ("ours bf16", 2, 0), ("whole", 2, 0), ("ours, 30 objects", 2, 0)]
+                ("ours bf16", 2, 0), ("whole", 2, 0), ("ours, 30 objects", 2, 0),
+                ("ours bf16 captured", 2, 0)]
     else:
         plan = [("torchvision", 32, 8), ("ours", 32, 5), ("ours bf16", 32, 5),
                 ("torchvision", 128, 12), ("ours", 128, 6), ("ours bf16", 128, 6),
@@ -505,7 +508,7 @@ def step(s):
                 ("torchvision bf16", 128, 12), ("ours, 30 objects", 32, 5),
                 ("ours captured", 32, 6), ("whole bf16", 128, 6), ("whole", 32, 5),
                 ("ours bf16 tries", 128, 10), ("ours compiled", 32, 60)]
-        if s.device == "cpu": plan = [p for p in plan if "captured" not in p[0]]
+    if s.device == "cpu": plan = [p for p in plan if "captured" not in p[0]]
     return {f"{setup}, {n}": (need, partial(one, setup, n)) for setup, n, need in plan}
 
 
