@@ -37,24 +37,27 @@ def batch(size, device):
     return [x.to(device) for x in (images, boxes, labels, torch.zeros(BATCH, 3, dtype=torch.bool))]
 
 
-def make_step(setup, size, device):
-    "A function that does one training step, and the function that only prepares its pictures."
+def make_step(setup, size, device, data=None):
+    """A function that does one training step, on `data` or on `batch(size, device)`; its optimiser
+    and random numbers are its attributes `opt` and `random`."""
     import torch
     from functools import partial
     from course_lib.fast import augment
     from course_lib.fpn import RetinaNet, retina_loss
     from course_lib.learn import param_groups
-    data, random = batch(size, device), torch.Generator(device).manual_seed(0)
-    if setup == "torchvision":
+    data = batch(size, device) if data is None else data
+    random = torch.Generator(device).manual_seed(0)
+    if setup.startswith("torchvision"):
         from many_objects import torchvision_retinanet
         model = torchvision_retinanet(CLASSES, size).to(device).train()
         tfms = partial(augment, crop=1, color=0)
         def losses(x, boxes, labels, difficult):
-            return sum(model(list(x),
-                             [dict(boxes=b, labels=l) for b, l in zip(boxes, labels)]).values())
+            truth = [dict(boxes=b, labels=l) for b, l in zip(boxes, labels)]
+            with torch.autocast(device, torch.bfloat16, enabled="bf16" in setup):
+                return sum(model(list(x), truth).values())
     else:
         model, tfms = RetinaNet(CLASSES, size).to(device).train(), augment
-        if setup != "whole":
+        if not setup.startswith("whole"):
             for p in param_groups(model)[0]: p.requires_grad_(False)
         loss = retina_loss(model)
         if "compiled" in setup: model.compile(dynamic=False)
@@ -67,6 +70,7 @@ def make_step(setup, size, device):
         losses((x / 255).to(memory_format=torch.channels_last), *truth).backward()
         opt.step()
         opt.zero_grad()
+    step.opt, step.random = opt, random
     return step
 
 
