@@ -1,39 +1,48 @@
-"""Takes the pictures of README out of the notebooks' stored outputs: python pictures/make.py
+"""Makes the pictures of README and its companions.
 
-PICTURES names a notebook's picture by words of the cell that drew it.
+    python pictures/make.py                 # those that notebooks have stored, PICTURES below
+    python pictures/make.py map.png         # one of them, or some
+    python pictures/make.py front.png       # the truth beside what is found, for README's top:
+        trains a detector on the built-in pictures first, some minutes on two processor cores
+
+PICTURES names a notebook's picture by words of the cell that drew it. All are saved in full colour.
 """
-import base64, io, json
+import base64, io, json, sys, tempfile
 from pathlib import Path
 
 from PIL import Image
 
 TOP = Path(__file__).parent.parent
-# file name -> (notebook, words in the source of the cell, largest side in pixels)
+# file name -> (notebook, words in the source of the cell, largest side in pixels[, share of the
+# width that is kept, from the left])
 PICTURES = {
-    "pocket.png": ("03_largest", "show_grid(one.train[:8]", 1100),
-    "start.png": ("00_start", "the library reads in the order of the lessons", 480),
-    "data.png": ("01_data", "Do it yourself first", 480),
-    "plot.png": ("01b_plot", "A bright line on a wider dark one", 480),
-    "boxes.png": ("02_boxes", "At .5 the guess (dashed)", 480),
-    "largest.png": ("03_largest", "Mean strength of the features", 480),
-    "locate.png": ("04_locate", "One picture, eight times", 480),
-    "single.png": ("05_single", "show_guesses(range(8)", 480),
-    "multilabel.png": ("06_multilabel", "Each class has its own map", 480),
-    "grid.png": ("07_grid", "After: {total_after", 480),
-    "anchors.png": ("08_anchors", "189 anchors: each grid", 480),
-    "ssd.png": ("08b_ssd", "often several for one object", 480),
-    "focal.png": ("09_focal", "The hardest backgrounds (dashed)", 480),
-    "nms.png": ("10_nms", "before and after NMS", 480),
-    "map.png": ("11_map", "One curve, three ways", 480),
-    "detector.png": ("11b_detector", "learn.show_results(", 480),
-    "fpn.png": ("12_fpn", "Centres of positive anchors", 480),
-    "fast.png": ("12b_fast", "One mechanism for crop", 480),
-    "recipe.png": ("13_recipe", "draw_ladder(ladder);", 480),
-    "ladder.png": ("13_recipe", "draw_ladder(ladder);", 900),
+    "pocket.png": ("03_largest", "show_grid(one.train[:8]", 640),
+    "start.png": ("00_start", "show_detections(photo, found, names)", 320),
+    "data.png": ("01_data", "Do it yourself first", 320),
+    "plot.png": ("01b_plot", "A bright line on a wider dark one", 320),
+    "boxes.png": ("02_boxes", "At .5 the guess (dashed)", 320),
+    "largest.png": ("03_largest", "squish: all there, shapes change", 320),
+    "backbone.png": ("03a_backbone", "Mean strength of the features", 320, .5),
+    "locate.png": ("04_locate", "One picture, eight times", 320),
+    "single.png": ("05_single", "show_guesses(range(8)", 320),
+    "multilabel.png": ("06_multilabel", "Each class has its own map", 320),
+    "grid.png": ("07_grid", "After: {total_after", 320),
+    "anchors.png": ("08_anchors", "189 anchors: each grid", 320),
+    "ssd.png": ("08b_ssd", "often several for one object", 320),
+    "paper.png": ("08c_paper", "draw_scales()", 320),
+    "focal.png": ("09_focal", "The hardest backgrounds (dashed)", 320),
+    "nms.png": ("10_nms", "before and after NMS", 320),
+    "map.png": ("11_map", "One curve, three ways", 320),
+    "detector.png": ("11b_detector", "learn.show_results(", 320),
+    "fpn.png": ("12_fpn", "Centres of positive anchors", 320),
+    "fast.png": ("12b_fast", "One mechanism for crop", 320),
+    "recipe.png": ("13_recipe", "draw_ladder(ladder);", 320),
     "beside.png": ("13_recipe", "The recipe (circles) and torchvision's", 800),
-    "deploy.png": ("13b_deploy", "Found by onnxruntime", 480),
-    "pocket_classes.png": ("90_pocket", "show_variants(draw_cat", 480),
+    "deploy.png": ("13b_deploy", "Found by onnxruntime", 320),
 }
+# the two photographs at README's top, the name and the box of what is there, drawn by hand
+CAT, WOMAN = ("cat", [0., 0, 400, 300]), ("person", [17., 14, 361, 512])
+POCKET = (0, 1)  # held-out pictures of the built-in set that stand beside them
 
 
 def stored_picture(notebook, words):
@@ -50,9 +59,47 @@ def stored_picture(notebook, words):
                      f"notebook, or mend PICTURES.")
 
 
+def shrunk(notebook, words, side, share=1.):
+    "A stored picture, in the size in which it is shown."
+    picture = stored_picture(notebook, words)
+    picture = picture.crop((0, 0, round(share * picture.width), picture.height))
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def front():
+    """The truth above what is found: two photographs, asked of the detector that comes with the
+    course, and two built-in pictures, asked of one that is trained here."""
+    import matplotlib.pyplot as plt
+    from skimage import data as photos
+    from course_lib.data import get_data
+    from course_lib.detect import predict, show_detections
+    from course_lib.plot import show_boxes
+    from course_lib.recipe import train
+    from course_lib.saving import load_detector
+    animals, names = load_detector("animals", device="cpu")
+    pocket = get_data("pocket")
+    learn = train(pocket, out=tempfile.mkdtemp(), size=128, epochs=6)
+    truths = [(photos.chelsea(), [CAT[1]], [CAT[0]], None, animals, names),
+              (photos.astronaut(), [WOMAN[1]], [WOMAN[0]], None, animals, names)]
+    for r in (pocket.valid[i] for i in POCKET):
+        truths.append((r, r.boxes, [pocket.classes[i] for i in r.labels], r.difficult, learn.model,
+                       pocket.classes))
+    wide = [451 / 300, 1, 1, 1]
+    fig, axes = plt.subplots(2, 4, figsize=(11, 5.1), layout="constrained",
+                             gridspec_kw=dict(width_ratios=wide))
+    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, wspace=0, hspace=0)
+    for (above, below), truth in zip(axes.T, truths):
+        picture, boxes, labels, difficult, model, classes = truth
+        colors = None if model is learn.model else "#56B4E9"
+        show_boxes(picture, boxes, labels, difficult=difficult, ax=above, colors=colors)
+        show_detections(picture, predict(model, picture), classes, ax=below)
+    return fig
+
+
 if __name__ == "__main__":
-    for name, (notebook, words, width) in PICTURES.items():
-        picture = stored_picture(notebook, words)
-        picture.thumbnail((width, width))
-        picture.quantize(128).save(TOP / "pictures" / name, optimize=True)
-        print(name, picture.size)
+    for name in sys.argv[1:] or PICTURES:
+        path = TOP / "pictures" / name
+        if name == "front.png": front().savefig(path, dpi=150)
+        else: shrunk(*PICTURES[name]).save(path, optimize=True)
+        print(name, Image.open(path).size, f"{path.stat().st_size / 1000:.0f} kB")
