@@ -122,9 +122,7 @@ def predict(
     score: float=.3, # only answers with a higher probability count
     iou: float=.5,   # of `nms`
     bs: int=32,      # pictures at a time
-# a dict of boxes [n,4] (in the picture's own pixels), scores [n], labels [n], best first; a list of
-# dicts for a list
-):
+): # boxes [n,4] in the picture's own pixels, scores [n], labels [n], best first; a list for a list
     """Detect the objects in one picture of any size and kind, or in a list of them.
 
     A path is opened the way up in which a viewer shows it, a PIL image is taken as it is;

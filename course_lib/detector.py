@@ -19,7 +19,6 @@ from .saving import (FORMAT, checkpoint, fill_model, fill_opt, load_detector,
                                read_checkpoint, write_whole)
 from .ssd import SSD
 
-# %% ../nbs/11b_detector.ipynb #20a841b9
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
 from fastai.learner import Learner, Metric
@@ -126,9 +125,7 @@ def get_preds(self: DetectionLearner,
     ds_idx=1, # 0: training, as its transforms leave it; 1: validation; not used where `dl` is given
     dl=None,   # a data loader of the course's kind
     score=.01, # answers with a lower probability are dropped
-# two lists with a dict for each picture: what was found (boxes, scores, labels) and what is there
-# (boxes, labels, difficult)
-):
+): # two lists with a dict for each picture: what was found, and what is there
     """Detections and truth for every picture of a data loader, in order, in pixels of the
     network's input.
 

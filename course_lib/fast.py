@@ -12,7 +12,6 @@ from .checks import check_splits
 from .loaders import MemoryLoader, in_memory
 from .machine import data_root, keep_memory, pick_device
 
-# %% ../nbs/12b_fast.ipynb #66201a49
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from torch import Tensor

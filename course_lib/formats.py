@@ -209,7 +209,7 @@ class Notes(dict):
     "What a reader changed, to be said once, with up to three examples."
     def add(self, what, where): self.setdefault(what, []).append(where)
     def show(self, source, dropped=None):
-        for what, places in self.items(): 
+        for what, places in self.items():
             some = "; ".join(places[:3]) + "; ..." * (len(places) > 3)
             print(f"{source}: {len(places):,} box{'es' * (len(places) > 1)} {what}: {some}")
         if dropped:

@@ -132,8 +132,7 @@ def atss(
     difficult: Tensor=None, # [B,N] bool; anchors of difficult objects are ignored
     grids=(16, 8, 4, 2, 1), # cells along a side of each level
     k: int=9,               # candidates a level
-# [B,A], as `match`: the index of each anchor's object, -1 for background, -2 for ignored
-) -> Tensor:
+) -> Tensor:  # [B,A], the index of each anchor's object, -1 for background, -2 for ignored
     """Which object each anchor answers for, with a threshold for each object: the mean plus the
     standard deviation of its candidates' IoUs.
 

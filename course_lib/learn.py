@@ -14,7 +14,6 @@ from .data import Data
 from .files import open_image
 from .machine import data_root, keep_memory, one_thread, pick_device
 
-# %% ../nbs/03_largest.ipynb #bd386ee1
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders

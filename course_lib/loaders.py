@@ -8,13 +8,14 @@ __all__ = ['in_memory', 'MemoryLoader']
 # %% ../nbs/95c_loaders.ipynb #ldr-imp1
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-from fastai.torch_core import num_distrib, rank_distrib
-
 from .augment import valid_tfms
 from .checks import check_loader
 from .learn import DetectionDataset, collate
 from .machine import cpu_count, one_thread, pick_device
+
+import torch
+from fastai.torch_core import num_distrib, rank_distrib
+from fastcore.basics import patch
 
 # %% ../nbs/95c_loaders.ipynb #1efd5b7a
 def in_memory(
@@ -56,25 +57,37 @@ class MemoryLoader:
     def to(self, device):
         self.device, self.split = torch.device(device), [x.to(device) for x in self.split]
         return self
-    def new(self, shuffle=False, drop_last=False):
-        return MemoryLoader(self.split, self.size, self.bs, self.tfms, shuffle, self.seed,
-                            self.device)
-    @property
-    def dataset(self): return self.counts
-    def __len__(self): return -(-len(self.counts) // (self.bs * max(1, num_distrib())))
-    def __iter__(self):
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        ids = (torch.randperm(len(self.counts), generator=order) if self.shuffle
-               else torch.arange(len(self.counts)))
-        random = torch.Generator(self.device).manual_seed(
-            int(torch.randint(2**60, (), generator=order)) + rank_distrib())
-        mine = ids[rank_distrib()::max(1, num_distrib())]
-        for part in mine.tensor_split(len(self)): yield self.batch(part, random)
-        self.epoch += 1
-    def batch(self, ids, generator):
-        n, ids = max(1, int(self.counts[ids].max())), ids.to(self.device, non_blocking=True)
-        images, boxes, labels, difficult = (x[ids] for x in self.split)
-        images, objects = images.float(), (boxes[:, :n], labels[:, :n], difficult[:, :n])
-        if self.tfms:
-            images, *objects = self.tfms(images, *objects, size=self.size, generator=generator)
-        return (images / 255).to(memory_format=torch.channels_last), *objects
+
+# %% ../nbs/95c_loaders.ipynb #ldr-len2
+@patch
+def __len__(self: MemoryLoader): return -(-len(self.counts) // (self.bs * max(1, num_distrib())))
+
+# %% ../nbs/95c_loaders.ipynb #ldr-itr2
+@patch
+def __iter__(self: MemoryLoader):
+    order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    ids = (torch.randperm(len(self.counts), generator=order) if self.shuffle
+           else torch.arange(len(self.counts)))                                           # [n]
+    random = torch.Generator(self.device).manual_seed(
+        int(torch.randint(2**60, (), generator=order)) + rank_distrib())
+    mine = ids[rank_distrib()::max(1, num_distrib())]
+    for part in mine.tensor_split(len(self)): yield self.batch(part, random)
+    self.epoch += 1
+
+# %% ../nbs/95c_loaders.ipynb #ldr-bat2
+@patch
+def batch(self: MemoryLoader, ids, generator):
+    n, ids = max(1, int(self.counts[ids].max())), ids.to(self.device, non_blocking=True)
+    images, boxes, labels, difficult = (x[ids] for x in self.split)
+    images, objects = images.float(), (boxes[:, :n], labels[:, :n], difficult[:, :n])
+    if self.tfms:
+        images, *objects = self.tfms(images, *objects, size=self.size, generator=generator)
+    return (images / 255).to(memory_format=torch.channels_last), *objects
+
+# %% ../nbs/95c_loaders.ipynb #ldr-fst2
+@patch
+def new(self: MemoryLoader, shuffle=False, drop_last=False):
+    return MemoryLoader(self.split, self.size, self.bs, self.tfms, shuffle, self.seed, self.device)
+
+@patch(as_prop=True)
+def dataset(self: MemoryLoader): return self.counts

@@ -227,7 +227,7 @@ def _nearest(found, objects, low):
     """The largest overlap, from `low` on, of each detection with an object of another class, and
     of its own: overlaps [2,N], which [2,N]."""
     i, j, overlap = pairs(found["boxes"], objects["boxes"], found["picture"], objects["picture"],
-                           low)
+                          low)
     same, N = found["labels"][i] == objects["labels"][j], len(found["boxes"])
     best, which = torch.zeros(2, N, dtype=torch.double), torch.full((2, N), -1)
     for row, of in enumerate((~same, same)):
@@ -242,11 +242,10 @@ def error_kinds(
     n_classes,  # C
     iou=.5,     # an overlap of at least this finds an object
     low=.1,     # an overlap below this is none
-# a dict for each picture: kind [n] (a place in `KINDS`) and object [n] (which one of the picture's;
-# -1: none)
-):
-   # of each detection, missed [m] of each object
+): # for each picture a dict of kind [n] and object [n] of its detections, missed [m] of its objects
     """Why each detection is wrong, and which objects nobody found.
+
+    `kind` is a place in `KINDS`, `object` the number of an object in its picture, -1 for none.
 
     The first that fits: right or ignored, by VOC's rule; localisation (the class is right, the
     overlap `low` to `iou`), class (a wrong class, the overlap at least `iou`), duplicate (the

@@ -20,7 +20,6 @@ from .runs import (EpochLoss, Epochs, Half, Keep, Together, Watch, check_setting
                              new_run, same_run, several, write_json)
 from .ssd import SSD
 
-# %% ../nbs/13_recipe.ipynb #414e1443
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, combined_cos
