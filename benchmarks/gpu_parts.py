@@ -18,8 +18,9 @@ from fastai.learner import Learner
 from torch.autograd import DeviceType
 from torchvision.models.detection import _utils as tv
 
-import bench_loss
-import bench_step
+sys.path.append(str(Path(__file__).resolve().parent / "timings"))
+import bench_loss  # noqa: E402
+import bench_step  # noqa: E402
 from many_objects import ANIMALS, torchvision_retinanet
 from speedrun import Clock, Unvalidated
 from course_lib.anchors import make_anchors

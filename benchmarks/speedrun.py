@@ -36,7 +36,8 @@ from pathlib import Path
 
 import course_lib.machine  # before fastai
 import torch
-import ladder
+sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
+import ladder  # noqa: E402
 from fastai.callback.core import Callback, CancelValidException
 from course_lib.data import Data, data_root, get_data
 from course_lib.fast import memory_loaders

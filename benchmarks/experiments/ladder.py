@@ -1,11 +1,11 @@
 """The ladder of lesson 13: every idea of the course as one rung, trained on the same photographs
 and scored on the same held-out pictures.
 
-    python benchmarks/ladder.py --list                    # the rungs, what each adds, and which
+    python benchmarks/experiments/ladder.py --list                    # the rungs, what each adds, and which
         are measured
-    python benchmarks/ladder.py                           # runs what is missing, with seed 0
-    python benchmarks/ladder.py giou ema --seeds 0 1 2    # some rungs with three seeds
-    python benchmarks/ladder.py giou --tune crop=.3       # another setting, judged on a fifth of
+    python benchmarks/experiments/ladder.py                           # runs what is missing, with seed 0
+    python benchmarks/experiments/ladder.py giou ema --seeds 0 1 2    # some rungs with three seeds
+    python benchmarks/experiments/ladder.py giou --tune crop=.3       # another setting, judged on a fifth of
         the training split; nothing is stored
 
 Each run writes benchmarks/results/ladder/RUNG-SEED.json when it is over, and a run whose file
@@ -34,7 +34,7 @@ from course_lib.ssd import SSD
 from fastai.callback.core import Callback, CancelValidException
 
 ANIMALS = ["cat", "cow", "dog", "horse", "person", "sheep"]
-RESULTS = Path(__file__).parent / "results" / "ladder"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "ladder"
 START = dict(net="cells", loss="bce", assign="iou", boxes="l1", flip=0., color=0., crop=1.,
              overlap=False, out=0., four=0., ema=0., schedule="cycle",
              epochs=5, size=160, start=None, whole=False, lr=5e-3, bs=32)

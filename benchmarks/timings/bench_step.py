@@ -1,7 +1,7 @@
 """What a training step costs: the course's pyramid beside torchvision's RetinaNet on the same
 backbone, 224 px, batches of 32.
 
-    python benchmarks/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
+    python benchmarks/timings/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
         step_cuda.json)
 
 A step starts from bytes in memory: transform, forward, loss, backward, optimiser. `ours` is
@@ -158,7 +158,7 @@ def main():
     machine = dict(cores=os.cpu_count(), threads=torch.get_num_threads(),
                    torch=torch.__version__.split("+")[0],
                    device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu")
-    out = Path(args.out or Path(__file__).parent / "results"
+    out = Path(args.out or Path(__file__).resolve().parents[1] / "results"
                / ("step.json" if args.device == "cpu" else f"step_{args.device}.json"))
     out.write_text(json.dumps(dict(size=args.size, batch=BATCH, turns=args.turns, machine=machine,
                                    setups=result), indent=1) + "\n")

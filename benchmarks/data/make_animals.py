@@ -1,8 +1,8 @@
 """Makes the set of real photographs that README's results were measured on, from anybody's VOC2012.
 
-    python benchmarks/make_animals.py                       # from VOC2012 where data lives
+    python benchmarks/data/make_animals.py                       # from VOC2012 where data lives
         (downloaded if it is not there)
-    python benchmarks/make_animals.py path/to/VOC2012 OUT   # from and to somewhere else
+    python benchmarks/data/make_animals.py path/to/VOC2012 OUT   # from and to somewhere else
 
 VOC2012-animals holds 3,026 photographs of VOC2012's trainval that show animals and people:
 1,697 of the official train split and 1,329 of official val. Their ids are in

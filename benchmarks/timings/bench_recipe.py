@@ -1,9 +1,9 @@
 """The recipe beside torchvision's RetinaNet: the same photographs, backbone, machine and threads,
 at equal epochs, at equal time, and in a tenth of the time.
 
-    python benchmarks/many_objects.py --data VOC2012-animals --models torchvision    # the
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision    # the
         yardstick: 8 epochs at 224 px
-    python benchmarks/bench_recipe.py                                                # writes
+    python benchmarks/timings/bench_recipe.py                                                # writes
         benchmarks/results/recipe.json
 
 `tenth`: 160 px, in a tenth of the yardstick's training time. `equal`: 224 px, the yardstick's 8
@@ -14,15 +14,16 @@ the model and settings of `course_train` (pyramid, ATSS, GIoU, mirror images, cr
 averaged weights, one cycle), scored once, at the end, on the official val split. `ssd` trains
 torchvision's SSD head on the same backbone, for scale.
 """
-import argparse, json, os, time
+import argparse, json, os, sys, time
 from pathlib import Path
 
 import course_lib.machine  # before fastai
 import torch
-import bench_step, ladder
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+import bench_step, ladder  # noqa: E402
 from course_lib.data import data_root, get_data
 
-HERE = Path(__file__).parent / "results"
+HERE = Path(__file__).resolve().parents[1] / "results"
 OURS = dict(ladder.START, net="pyramid", loss="focal", assign="atss", boxes="giou", flip=.5,
             crop=.5, color=.2, ema=.99)
 
@@ -53,7 +54,7 @@ def main():
     stored = json.loads((HERE / "many_objects.json").read_text())
     stored = stored.get("VOC2012-animals", {}).get("torchvision")
     if not stored:
-        p.error("the yardstick is missing: python benchmarks/many_objects.py --data "
+        p.error("the yardstick is missing: python benchmarks/experiments/many_objects.py --data "
                 "VOC2012-animals --models torchvision")
     out = HERE / "recipe.json"
     results = json.loads(out.read_text()) if out.exists() else {}

@@ -1,7 +1,7 @@
 """What a training step without a GPU costs: the backbone's forward and backward pass in three
 set-ups, side by side.
 
-    python benchmarks/bench_cpu_step.py        # writes benchmarks/results/cpu_step.json
+    python benchmarks/timings/bench_cpu_step.py        # writes benchmarks/results/cpu_step.json
 
 `plain` is PyTorch as it comes; `channels_last` is what `backbone` and `dataloaders` use;
 `keep_memory` adds what `dataloaders` does on a CPU. Each runs in a process of its own, in turn,
@@ -47,6 +47,6 @@ if __name__ == "__main__":
                                                             1) for s in SETUPS}
             result["times_plain"][size] = {
                 s: round(statistics.median(t[s] / t["plain"] for t in turns), 2) for s in SETUPS}
-        (Path(__file__).parent / "results" / "cpu_step.json").write_text(
+        (Path(__file__).resolve().parents[1] / "results" / "cpu_step.json").write_text(
             json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))

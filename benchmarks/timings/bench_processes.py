@@ -1,7 +1,7 @@
 """The same detector trained by one process and by two: is its mAP the same, within the spread over
 seeds?
 
-    python benchmarks/bench_processes.py            # writes benchmarks/results/processes.json
+    python benchmarks/timings/bench_processes.py            # writes benchmarks/results/processes.json
 
 Both by the command: `course_train`, and `torchrun --nproc-per-node 2 --no-python course_train`
 with half the batch in each process, so that a step has as many pictures; two CPU processes talk
@@ -17,7 +17,7 @@ import course_lib.machine
 from course_lib.data import data_root
 from course_lib.recipe import write_json
 
-OUT = Path(__file__).parent / "results" / "processes.json"
+OUT = Path(__file__).resolve().parents[1] / "results" / "processes.json"
 
 
 def train(processes, seed, args, folder):

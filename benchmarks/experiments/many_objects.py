@@ -1,11 +1,11 @@
 """Lessons 7 to 12 by numbers: the same data and budget, five detectors, one mAP each.
 
-    python benchmarks/many_objects.py                          # pocket, 128 px
-    python benchmarks/many_objects.py --data VOC2012-animals   # photographs, 224 px: `python
-        benchmarks/make_animals.py` makes them
-    python benchmarks/many_objects.py --data VOC2012-animals --models torchvision    #
+    python benchmarks/experiments/many_objects.py                          # pocket, 128 px
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals   # photographs, 224 px: `python
+        benchmarks/data/make_animals.py` makes them
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision    #
         torchvision's RetinaNet, for scale
-    python benchmarks/many_objects.py --data VOC2012-animals --tune                  # a fifth of
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --tune                  # a fifth of
         the training split is the judge
 
 The models: `cells`, 16 cells with one anchor each; `bce`, 189 anchors; `hard`, the same with
@@ -41,7 +41,7 @@ from course_lib.metrics import mean_ap
 from course_lib.ssd import SSD
 
 ANIMALS = ["cat", "cow", "dog", "horse", "person", "sheep"]
-RESULTS = Path(__file__).parent / "results" / "many_objects.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "many_objects.json"
 ONE_ANCHOR = dict(grids=(4,), zooms=(1.,), ratios=((1, 1),))
 # kind of loss, anchors
 SSDS = {"cells": ("bce", ONE_ANCHOR), "bce": ("bce", {}), "hard": ("hard", {}),
