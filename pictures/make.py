@@ -3,7 +3,8 @@
     python pictures/make.py                 # those that notebooks have stored, PICTURES below
     python pictures/make.py map.png         # one of them, or some
     python pictures/make.py front.png       # the truth beside what is found, for README's top:
-        trains a detector on the built-in pictures first, some minutes on two processor cores
+        trains a detector on the built-in pictures first, some minutes on two processor cores,
+        and keeps it in a temporary folder for the next call
 
 PICTURES names a notebook's picture by words of the cell that drew it. All are saved in full colour.
 """
@@ -36,13 +37,14 @@ PICTURES = {
     "detector.png": ("11b_detector", "learn.show_results(", 320),
     "fpn.png": ("12_fpn", "Centres of positive anchors", 320),
     "fast.png": ("12b_fast", "One mechanism for crop", 320),
-    "recipe.png": ("13_recipe", "draw_ladder(ladder);", 320),
+    "recipe.png": ("13_recipe", "The recipe (circles) and torchvision's", 320),
     "beside.png": ("13_recipe", "The recipe (circles) and torchvision's", 800),
     "deploy.png": ("13b_deploy", "Found by onnxruntime", 320),
 }
 # the two photographs at README's top, the name and the box of what is there, drawn by hand
 CAT, WOMAN = ("cat", [0., 0, 400, 300]), ("person", [17., 14, 361, 512])
-POCKET = (0, 1)  # held-out pictures of the built-in set that stand beside them
+# two held-out pictures of the built-in set that stand beside them; in the second a cat is missed
+POCKET = (86, 55)
 
 
 def stored_picture(notebook, words):
@@ -79,27 +81,36 @@ def front():
     from course_lib.saving import load_detector
     animals, names = load_detector("animals", device="cpu")
     pocket = get_data("pocket")
-    learn = train(pocket, out=tempfile.mkdtemp(), size=128, epochs=6)
-    truths = [(photos.chelsea(), [CAT[1]], [CAT[0]], None, animals, names),
-              (photos.astronaut(), [WOMAN[1]], [WOMAN[0]], None, animals, names)]
-    for r in (pocket.valid[i] for i in POCKET):
-        truths.append((r, r.boxes, [pocket.classes[i] for i in r.labels], r.difficult, learn.model,
-                       pocket.classes))
-    wide = [451 / 300, 1, 1, 1]
-    fig, axes = plt.subplots(2, 4, figsize=(11, 5.1), layout="constrained",
-                             gridspec_kw=dict(width_ratios=wide))
-    fig.get_layout_engine().set(w_pad=.03, h_pad=.03, wspace=0, hspace=0)
-    for (above, below), truth in zip(axes.T, truths):
-        picture, boxes, labels, difficult, model, classes = truth
-        colors = None if model is learn.model else "#56B4E9"
-        show_boxes(picture, boxes, labels, difficult=difficult, ax=above, colors=colors)
+    learn = train("pocket", out=Path(tempfile.gettempdir(), "course-front"), size=128, epochs=6)
+    rows = [(picture, [box], [names.index(name)], None, animals, names)
+            for picture, (name, box) in ((photos.chelsea(), CAT), (photos.astronaut(), WOMAN))]
+    rows += [(r, r.boxes, r.labels, r.difficult, learn.model, pocket.classes)
+             for r in (pocket.valid[i] for i in POCKET)]
+    fig, axes = plt.subplots(2, 4, figsize=(8.6, 3.85), layout="constrained",
+                             gridspec_kw=dict(width_ratios=[451 / 300, 1, 1, 1]))
+    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
+    for (above, below), (picture, boxes, labels, difficult, model, classes) in zip(axes.T, rows):
+        show_boxes(picture, boxes, labels, classes, difficult=difficult, ax=above)
         show_detections(picture, predict(model, picture), classes, ax=below)
+    for ax, word in zip(axes[:, 0], ("the truth", "what is found")):
+        ax.text(-.02, .5, word, transform=ax.transAxes, rotation=90, ha="right", va="center",
+                size=11)
     return fig
+
+
+def save_front(path, width=900):
+    "`front` at README's width, its colours rounded to 48 levels each, which halves its size."
+    file = io.BytesIO()
+    front().savefig(file, dpi=2 * width / 8.6)
+    picture = Image.open(file).convert("RGB")
+    picture = picture.resize((width, round(width * picture.height / picture.width)),
+                             Image.Resampling.LANCZOS)
+    picture.point(lambda level: round(level / 255 * 47) * 255 // 47).save(path, optimize=True)
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:
         path = TOP / "pictures" / name
-        if name == "front.png": front().savefig(path, dpi=150)
+        if name == "front.png": save_front(path)
         else: shrunk(*PICTURES[name]).save(path, optimize=True)
         print(name, Image.open(path).size, f"{path.stat().st_size / 1000:.0f} kB")
