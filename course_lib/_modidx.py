@@ -112,6 +112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'course_lib.fast.overlap_windows': ('fast.html#overlap_windows', 'course_lib/fast.py'),
                                  'course_lib.fast.random_windows': ('fast.html#random_windows', 'course_lib/fast.py')},
             'course_lib.files': { 'course_lib.files._GiveUp': ('files.html#_giveup', 'course_lib/files.py'),
+                                  'course_lib.files._bytes': ('files.html#_bytes', 'course_lib/files.py'),
                                   'course_lib.files._complete': ('files.html#_complete', 'course_lib/files.py'),
                                   'course_lib.files._fetch': ('files.html#_fetch', 'course_lib/files.py'),
                                   'course_lib.files._fetch_voc': ('files.html#_fetch_voc', 'course_lib/files.py'),

@@ -49,15 +49,13 @@ def check_classes(
     names,   # the names that there are
 ) -> list:
     "The list of classes asked for; each must be one of `names`, and there once"
-    if isinstance(classes, str):
-        raise ValueError(f"classes: {classes!r} is a string. Pass a list, such as [{classes!r}].")
+    ensure(not isinstance(classes, str), f"classes: {classes!r} is a string. Pass a list of names.")
     classes = list(classes)
+    ensure(classes, "classes: the list is empty. Leave it out for all.")
     for name in classes:
         ensure(name in names, f"classes: there is no {name!r} here.{hint(name, names)} "
                               f"There are {', '.join(names)}.")
         ensure(classes.count(name) == 1, f"classes: {name!r} is there twice. Name each class once.")
-    ensure(classes, "classes: the list is empty. "
-                    f"Name some of {', '.join(names)}, or leave it out for all.")
     return classes
 
 # %% ../nbs/94_checks.ipynb #chk-num1
@@ -91,9 +89,8 @@ def check_boxes(where="", **named):
         at = f"{where}: {name}" if where else name
         ensure(isinstance(boxes, Tensor), f"{at}: a tensor of boxes is needed, "
                f"not {type(boxes).__name__}. Wrap it in torch.tensor(...).", TypeError)
-        ensure(boxes.ndim and boxes.shape[-1] == 4,
-               f"{at}: shape {list(boxes.shape)}, but the last dimension must be 4, "
-               "one box a row. No boxes at all is torch.zeros(0, 4).")
+        ensure(boxes.shape[-1:] == (4,), f"{at}: shape {list(boxes.shape)}, but the last dimension "
+               "must be 4, one box a row. No boxes at all is torch.zeros(0, 4).")
 
 # %% ../nbs/94_checks.ipynb #chk-box4
 FORMATS = "xyxy", "xywh", "cxcywh"
@@ -101,8 +98,7 @@ FORMATS = "xyxy", "xywh", "cxcywh"
 def check_convert(boxes, *formats):
     "Raise unless these are boxes, and formats that they can be written in"
     for fmt in formats:
-        ensure(fmt in FORMATS,
-               f"convert: unknown format {fmt!r}. Use one of {', '.join(FORMATS)}.")
+        ensure(fmt in FORMATS, f"convert: unknown format {fmt!r}. Use one of {', '.join(FORMATS)}.")
     check_boxes(boxes=boxes)
 
 # %% ../nbs/94_checks.ipynb #chk-box2
@@ -122,11 +118,9 @@ def check_pairwise(a, b):
     "Raise unless every box of `a` can be compared with every box of `b`"
     check_boxes("pairwise_iou", a=a, b=b)
     for name, boxes in (("a", a), ("b", b)):
-        ensure(boxes.ndim > 1, f"pairwise_iou: {name} is one box, shape [4]. "
-                               f"Use {name}[None] to make it [1, 4].")
-    ensure(fit(a.shape[:-2], b.shape[:-2]),
-           f"pairwise_iou: a is {list(a.shape)} and b is {list(b.shape)}. "
-           "The dimensions before the last two must be equal, or 1, or missing.")
+        ensure(boxes.ndim > 1, f"pairwise_iou: {name} is one box. Make it [1, 4] by {name}[None].")
+    ensure(fit(a.shape[:-2], b.shape[:-2]), f"pairwise_iou: a is {list(a.shape)} and b is "
+           f"{list(b.shape)}. Dimensions before the last two must be equal, or 1, or missing.")
 
 # %% ../nbs/94_checks.ipynb #chk-spec2
 def check_match(anchors, boxes, labels, difficult, positive, negative):
@@ -147,9 +141,8 @@ def check_detections(offsets, logits, anchors, score, iou, candidates, top):
     ensure(min(candidates, top) >= 0,
            f"detections: candidates={candidates} and top={top} must not be negative.")
     o, l, a = (list(x.shape) for x in (offsets, logits, anchors))
-    ensure(len(l) == 3 and o == [*l[:2], 4] and a == [l[1], 4],
-           f"detections: offsets {o}, logits {l}, anchors {a} do not fit together. "
-           "[B,A,4], [B,A,C] and [A,4] are needed.")
+    ensure(len(l) == 3 and o == [*l[:2], 4] and a == [l[1], 4], f"detections: offsets {o}, logits "
+           f"{l}, anchors {a} do not fit together. [B,A,4], [B,A,C] and [A,4] are needed.")
 
 # %% ../nbs/94_checks.ipynb #chk-pic2
 def check_picture(picture):
@@ -189,9 +182,8 @@ def check_pixels(image):
 
 def no_source(source, names):
     "Raise for a data set that is nowhere"
-    raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor a "
-                            f"folder or a file that exists (looked in {Path.cwd()})."
-                            f"{hint(source, names)}")
+    raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor "
+                            f"there as a folder or file in {Path.cwd()}.{hint(source, names)}")
 
 # %% ../nbs/94_checks.ipynb #chk-few5
 def check_grid(cells, grid, possible):
@@ -218,10 +210,8 @@ def check_same_classes(name, stored, own):
 # %% ../nbs/94_checks.ipynb #chk-few3
 def check_loader(n, processes, bs, kept, size, tfms):
     "Raise for what `MemoryLoader` can't do"
-    ensure(n >= processes, f"MemoryLoader: {n} pictures can't be shared by {processes} "
-                           "processes. Start fewer, or use more pictures.")
-    ensure(processes <= 1 or bs > 1, "MemoryLoader: bs is 1, and several processes need at least "
-                                     "2, or one of them may have no picture left.")
+    ensure(n >= processes, f"MemoryLoader: {n} pictures for {processes} processes. Start fewer.")
+    ensure(processes <= 1 or bs > 1, "MemoryLoader: bs is 1. Several processes need at least 2.")
     ensure(tfms is not None or kept == size, f"MemoryLoader: the pictures are kept at {kept} px, "
                                              f"and without transforms size can't be {size}.")
 
@@ -230,15 +220,13 @@ def check_learner(model, size, n_classes):
     ensure(model.size == size, f"detection_learner: the model is made for {model.size} px, and "
            f"size is {size}. Leave size out, or make the model for {size}.")
     own = getattr(model, "n_classes", n_classes)
-    ensure(own == n_classes, f"detection_learner: the model has {own} classes and the data has "
-                             f"{n_classes}.")
+    ensure(own == n_classes, f"detection_learner: the model has {own} classes, not {n_classes}.")
 
 def check_export(path, classes, n_classes):
     "Raise for what `to_onnx` can't do"
     ensure(path.parent.is_dir(), f"to_onnx: there is no folder {path.parent}. Make it first.",
            FileNotFoundError)
-    ensure(len(classes) == n_classes, f"to_onnx: {len(classes)} names are given, and the model "
-                                      f"has {n_classes} classes.")
+    ensure(len(classes) == n_classes, f"to_onnx: {len(classes)} names for {n_classes} classes.")
 
 # %% ../nbs/94_checks.ipynb #chk-short2
 def short(path):

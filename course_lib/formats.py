@@ -24,16 +24,14 @@ def _number(value, where):
     if value is None: raise ValueError(f"{where}: is missing. Add it to the file.")
     try: number = float(value)
     except (TypeError, ValueError, OverflowError): number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{where}: {value!r} is not a proper number. Correct the file.")
+    ensure(math.isfinite(number), f"{where}: {value!r} is not a proper number. Correct the file.")
     return number
 
 def _size(width, height, where):
     "(width, height) in whole pixels."
     size = _number(width, f"{where}, width"), _number(height, f"{where}, height")
-    if min(size) < 1 or any(s != int(s) for s in size):
-        raise ValueError(f"{where}: a picture of {width} x {height} pixels cannot be. Write its "
-                         f"true size there.")
+    ensure(min(size) >= 1 and all(map(float.is_integer, size)), f"{where}: a picture of {width} x "
+           f"{height} pixels cannot be. Write its true size there.")
     return int(size[0]), int(size[1])
 
 # %% ../nbs/93b_formats.ipynb #f6d4f355
@@ -58,18 +56,16 @@ _CORNERS = "xmin", "ymin", "xmax", "ymax"
 def read_xml(path):
     "Size and objects of one VOC annotation file."
     where = short(path)
+    ensure(Path(path).is_file(), f"{where} is missing. Every picture in a split has one, even one "
+           "without objects.", FileNotFoundError)
     try: root = parse(path).getroot()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where} is missing. Every picture in a split has one, even one "
-                                f"without objects.") from None
     except (ParseError, DefusedXmlException, ValueError, LookupError) as e:
-        raise ValueError(f"{where}: not a proper XML file ({e}). Correct it, or "
-                         f"write it again.") from None
+        raise ValueError(f"{where}: not a proper XML file ({e}). Correct it.") from None
     size = _size(root.findtext("size/width"), root.findtext("size/height"), f"{where}, <size>")
     objects = []
     for i, node in enumerate(root.findall("object"), 1):
         name = (node.findtext("name") or "").strip()
-        if not name: raise ValueError(f"{where}, object {i}: has no <name>. Add it to the file.")
+        ensure(name, f"{where}, object {i}: has no <name>. Add it to the file.")
         at = f"{where}, object {i} ({name})"
         x0, y0, x1, y1 = (_number(node.findtext(f"bndbox/{k}"), f"{at}, {k}") for k in _CORNERS)
         difficult = (node.findtext("difficult") or "").strip() == "1"
@@ -79,19 +75,15 @@ def read_xml(path):
 # %% ../nbs/93b_formats.ipynb #e58a9e32
 def _listing(folder, split):
     "The file that lists a split, in a folder that has VOC's layout."
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}. Check the path; "
-                                "COURSE_DATA names the folder where data lives.")
+    ensure(folder.is_dir(), f"there is no folder {folder}. Check the path; COURSE_DATA names the "
+           "folder where data lives.", FileNotFoundError)
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder} has no {part}: VOC's layout is JPEGImages, "
-                                    f"Annotations, ImageSets/Main.")
-    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if not listing.exists():
-        others = ", ".join(sorted(p.stem for p in listing.parent.glob("*.txt"))) or "none"
-        raise FileNotFoundError(f"{folder.name} has no ImageSets/Main/{split}.txt. It has these "
-                                f"splits: {others}.")
-    return listing
+        ensure((folder / part).is_dir(), f"{folder} has no {part}: VOC's layout is JPEGImages, "
+               "Annotations, ImageSets/Main.", FileNotFoundError)
+    splits = {p.stem: p for p in sorted((folder / "ImageSets" / "Main").glob("*.txt"))}
+    ensure(split in splits, f"{folder.name} has no ImageSets/Main/{split}.txt. It has these "
+           f"splits: {', '.join(splits) or 'none'}.", FileNotFoundError)
+    return splits[split]
 
 # %% ../nbs/93b_formats.ipynb #fmt-voc1
 def voc_pages(
@@ -127,32 +119,24 @@ def _by_id(rows, where, **fields):
             raise ValueError(f"{where}[{i}]: {row!r} is not an object. Correct the file.")
         for name, kind in {"id": (int, str), **fields}.items():
             if not isinstance(row.get(name), kind):
-                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}, or missing. "
-                                 f"Correct the file.")
-        if row["id"] in found:
-            raise ValueError(f"{where}[{i}]: id {row['id']} is there twice. Give each its own id.")
+                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}. Correct the file.")
+        ensure(row["id"] not in found, f"{where}[{i}]: id {row['id']} is there twice. Change one.")
         found[row["id"]] = row
     return found
 
 # %% ../nbs/93b_formats.ipynb #e3d0e90b
 def _read_json(path):
-    "Images, annotations and categories of a COCO file, each by id."
+    "Images, categories and annotations of a COCO file, each by id."
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}. Check the path.")
     try: content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{short(path)}: not a proper JSON file ({e}). Correct it, or "
-                         f"write it again.") from None
-    lists = "images", "annotations", "categories"
-    if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in lists):
-        raise ValueError(f"{short(path)}: not a COCO file, which holds the lists "
-                         f"{', '.join(lists)}. Check which file this is.")
-    if not content["images"]:
-        raise ValueError(f"{short(path)}, images: the list is empty. A data set has at least "
-                         f"one picture.")
-    return (_by_id(content["images"], f"{short(path)}, images", file_name=str),
-            _by_id(content["annotations"], f"{short(path)}, annotations",
-                   image_id=(int, str), category_id=(int, str), bbox=list),
-            _by_id(content["categories"], f"{short(path)}, categories", name=str))
+        raise ValueError(f"{short(path)}: not a proper JSON file ({e}). Correct it.") from None
+    lists = dict(images=dict(file_name=str), categories=dict(name=str),
+                 annotations=dict(image_id=(int, str), category_id=(int, str), bbox=list))
+    fits = isinstance(content, dict) and all(isinstance(content.get(k), list) for k in lists)
+    ensure(fits, f"{short(path)}: not a COCO file, which holds the lists {', '.join(lists)}.")
+    ensure(content["images"], f"{short(path)}, images: the list is empty. Add a picture.")
+    return [_by_id(content[k], f"{short(path)}, {k}", **fields) for k, fields in lists.items()]
 
 # %% ../nbs/93b_formats.ipynb #d8537a9a
 def _picture_folder(path, some, images):
@@ -162,8 +146,7 @@ def _picture_folder(path, some, images):
         raise FileNotFoundError(f"images: there is no folder {images}. Check the path.")
     if images is not None: return Path(images)
     names = "images", "JPEGImages", path.stem.split("_")[-1]
-    usual = [path.parent, *(base / name for base in (path.parent, path.parent.parent)
-                            for name in names)]
+    usual = [path.parent, *(base / name for base in path.parents[:2] for name in names)]
     return next((f for f in usual if any((f / name).is_file() for name in some)), None)
 
 # %% ../nbs/93b_formats.ipynb #fmt-coco2
@@ -173,7 +156,7 @@ def coco_pages(
 ): # list of `Page`s, and the categories' names in the order of their ids
     "Everything that a COCO file says"
     path = Path(path)
-    rows, annotations, categories = _read_json(path)
+    rows, categories, annotations = _read_json(path)
     order = sorted(categories, key=lambda i: (isinstance(i, str), i))
     names = [categories[i]["name"] for i in order]
     ensure(len(set(names)) == len(names),
@@ -263,9 +246,8 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 VOC = {"voc2007": dict(train=["2007 train"], valid=["2007 val"], test=["2007 test"]),
-        "voc2012": dict(train=["2012 train"], valid=["2012 val"], test=[]),
-        "voc0712": dict(train=["2007 train", "2012 train", "2012 val"], valid=["2007 val"],
-                        test=["2007 test"])}
+       "voc2012": dict(train=["2012 train"], valid=["2012 val"], test=[])}
+VOC["voc0712"] = VOC["voc2007"] | dict(train=["2007 train", "2012 train", "2012 val"])
 
 # %% ../nbs/93b_formats.ipynb #479f64e0
 def voc_splits(source):
