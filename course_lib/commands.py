@@ -56,6 +56,7 @@ def predict_files(
 def _command(func, name):
     """Run a function with the arguments of the command line; what goes wrong in an expected way is
     one sentence."""
+    plt.switch_backend("Agg")
     args = vars(anno_parser(func, prog=name).parse_args())
     args.pop("pdb", None), args.pop("xtra", None)
     try: return func(**args)
@@ -67,12 +68,8 @@ def _command(func, name):
 
 def course_train():
     "The command that trains."
-    import matplotlib
-    matplotlib.use("Agg")
     _command(train, "course_train")
 
 def course_predict():
     "The command that detects, and prints JSON."
-    import matplotlib
-    matplotlib.use("Agg")
     print(json.dumps(_command(predict_files, "course_predict"), indent=1))
