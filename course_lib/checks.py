@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['FORMATS', 'ensure', 'one_of', 'hint', 'check_classes', 'check_between', 'check_shapes', 'check_boxes',
            'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_nms', 'check_detections',
-           'check_picture', 'check_lengths', 'check_splits', 'check_names', 'check_pixels', 'no_source', 'check_grid',
-           'check_cells', 'check_finite', 'check_same_classes', 'check_loader', 'check_learner', 'check_export',
-           'short']
+           'check_picture', 'check_lengths', 'check_splits', 'check_names', 'no_source', 'check_same_classes',
+           'check_learner', 'check_export', 'short']
 
 # %% ../nbs/94_checks.ipynb #chk-imp1
 import difflib, math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 # %% ../nbs/94_checks.ipynb #chk-ens1
 def ensure(
@@ -87,7 +85,7 @@ def check_boxes(where="", **named):
     "Raise unless each of the named things is a tensor whose last dimension is 4"
     for name, boxes in named.items():
         at = f"{where}: {name}" if where else name
-        ensure(isinstance(boxes, Tensor), f"{at}: a tensor of boxes is needed, "
+        ensure(isinstance(boxes, torch.Tensor), f"{at}: a tensor of boxes is needed, "
                f"not {type(boxes).__name__}. Wrap it in torch.tensor(...).", TypeError)
         ensure(boxes.shape[-1:] == (4,), f"{at}: shape {list(boxes.shape)}, but the last dimension "
                "must be 4, one box a row. No boxes at all is torch.zeros(0, 4).")
@@ -175,10 +173,7 @@ def check_names(keys, classes):
     ensure(classes is None or most < n,
            f"labels: {most} has no name: {n} classes have ids from 0 to {n - 1}.")
 
-def check_pixels(image):
-    "Raise unless an array is one picture"
-    ensure(image.ndim == 3 and image.shape[2] in (1, 3), f"image: shape {tuple(image.shape)} is "
-           "not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
+
 
 def no_source(source, names):
     "Raise for a data set that is nowhere"
@@ -186,35 +181,12 @@ def no_source(source, names):
                             f"there as a folder or file in {Path.cwd()}.{hint(source, names)}")
 
 # %% ../nbs/94_checks.ipynb #chk-few5
-def check_grid(cells, grid, possible):
-    "Raise for a grid that can't be made"
-    ensure(possible, f"grids: a map of {cells} x {cells} cells can't be made into {grid} x {grid}. "
-           f"Take {cells} or {-(-cells // 2)} there, and halve from one grid to the next.")
-
-def check_cells(A, grids):
-    "Raise for anchors that are not those of the grids"
-    cells = sum(g * g for g in grids)
-    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
-                           f"{tuple(grids)}. Pass the model's own grids.")
-
-def check_finite(extent):
-    "Raise for boxes whose extent is not finite"
-    ensure(extent.isfinite(), "nms: some boxes are not finite. "
-           "Leave them out: boxes.isfinite().all(1) is True for the others.")
-
 def check_same_classes(name, stored, own):
     "Raise unless a file and a learner know the same classes in the same order"
     ensure(stored == own, f"checkpoint: {name!r} knows {', '.join(stored)}; this learner's data "
                           f"has {', '.join(own)}. The names and their order must agree.")
 
 # %% ../nbs/94_checks.ipynb #chk-few3
-def check_loader(n, processes, bs, kept, size, tfms):
-    "Raise for what `MemoryLoader` can't do"
-    ensure(n >= processes, f"MemoryLoader: {n} pictures for {processes} processes. Start fewer.")
-    ensure(processes <= 1 or bs > 1, "MemoryLoader: bs is 1. Several processes need at least 2.")
-    ensure(tfms is not None or kept == size, f"MemoryLoader: the pictures are kept at {kept} px, "
-                                             f"and without transforms size can't be {size}.")
-
 def check_learner(model, size, n_classes):
     "Raise for a model that `detection_learner` can't train on such data"
     ensure(model.size == size, f"detection_learner: the model is made for {model.size} px, and "

@@ -49,9 +49,8 @@ def _records(pages, classes, notes, dropped=None):
             elif obj.name not in ids: dropped[obj.name] += 1
             elif (box := clean(obj, page.size, notes)) is not None:
                 rows.append((box, ids[obj.name], obj.difficult))
-        boxes, labels, difficult = zip(*rows) if rows else ((), (), ())
-        records.append(Record(page.path, torch.tensor(boxes).float().reshape(-1, 4),
-                              torch.tensor(labels).long(), torch.tensor(difficult).bool(),
+        boxes, labels, hard = map(torch.tensor, zip(*rows) if rows else ((), (), ()))
+        records.append(Record(page.path, boxes.float().reshape(-1, 4), labels.long(), hard.bool(),
                               page.size))
     return records
 

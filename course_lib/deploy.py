@@ -60,13 +60,10 @@ def to_onnx(
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(net, (example,), dynamo=True,
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                                    input_names=["images"],
-                                    output_names=["picture", "boxes", "scores", "labels"],
-                                    verbose=False)
+    names = dict(input_names=["images"], output_names=["picture", "boxes", "scores", "labels"])
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(net, (example,), dynamo=True, verbose=False, **names,
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},))
     proto = program.model_proto
     onnx.helper.set_model_props(proto, dict(classes="\n".join(classes), size=str(model.size)))
     onnx.checker.check_model(proto)

@@ -10,8 +10,7 @@ import math, torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
-from .checks import (check_between, check_detections, check_finite, check_nms,
-                               check_picture)
+from .checks import check_between, check_detections, check_nms, check_picture, ensure
 from .machine import evaluating
 from .plot import show_boxes, to_array
 
@@ -46,7 +45,8 @@ def nms(
         return nms(*on_cpu, iou).to(boxes.device)
     boxes, scores = boxes.double(), scores.double()
     region = boxes.max() - boxes.min() + 1
-    check_finite(region)
+    ensure(region.isfinite(), "nms: some boxes are not finite. "
+           "Leave them out: boxes.isfinite().all(1) is True for the others.")
     if labels is None: return torchvision.ops.nms(boxes, scores, iou)
     moved = boxes + labels[:, None] * region                                              # [n,4]
     if len(boxes) <= 500 or boxes.device.type != "cpu":

@@ -12,7 +12,7 @@ from .checks import check_learner, check_same_classes, ensure
 from .detect import detections, predict as predict_pictures, show_detections
 from .learn import dataloaders, param_groups
 from .losses import SSDLoss
-from .machine import all_pictures, pick_device
+from .machine import all_pictures
 from .metrics import mean_ap
 from .plot import show_boxes
 from .saving import (FORMAT, checkpoint, fill_model, fill_opt, load_detector,
@@ -22,7 +22,7 @@ from .ssd import SSD
 # %% ../nbs/11b_detector.ipynb #20a841b9
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner, Metric, replacing_yield
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from fastcore.basics import patch
 from torch import nn
@@ -34,9 +34,8 @@ def unpad(
     difficult=None, # [B,N] bool
 ): # a dict for each picture: boxes [n,4], labels [n] and, if it was given, difficult [n]
     "The objects of each picture of a padded batch, on the CPU, in the form that `mean_ap` takes."
-    columns = (dict(boxes=boxes, labels=labels)
-               | ({} if difficult is None else dict(difficult=difficult)))
-    columns, real = {k: v.cpu() for k, v in columns.items()}, labels.cpu() >= 0
+    columns = dict(boxes=boxes, labels=labels, difficult=difficult)
+    columns, real = {k: v.cpu() for k, v in columns.items() if v is not None}, labels.cpu() >= 0
     return [{k: v[b][real[b]] for k, v in columns.items()} for b in range(len(real))]
 
 # %% ../nbs/11b_detector.ipynb #16f5df61
@@ -101,15 +100,13 @@ def detection_learner(
     size = size or getattr(model, "size", 128)
     if model is None: model = SSD(len(data.classes), size)
     check_learner(model, size, len(data.classes))
-    device = pick_device(device) if dls is None else dls.device
-    if dls is None:
-        dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size),
-                          difficult=True, workers=workers, device=device)
+    dls = dls or dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size),
+                             difficult=True, workers=workers, device=device)
     loss = SSDLoss(model.anchors, "focal") if loss is None else loss
     metrics = MeanAP() if metrics is None else metrics
     kwargs = dict(splitter=param_groups, train_bn=False, metrics=metrics) | kwargs
-    return DetectionLearner(data, dls, model.to(device),
-                            loss.to(device) if isinstance(loss, nn.Module) else loss, **kwargs)
+    if isinstance(loss, nn.Module): loss.to(dls.device)
+    return DetectionLearner(data, dls, model.to(dls.device), loss, **kwargs)
 
 # %% ../nbs/11b_detector.ipynb #bf9807ff
 @patch
@@ -134,10 +131,8 @@ def get_preds(self: DetectionLearner,
 
     Not what fastai's method of this name returns; its other arguments are not supported."""
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
-    metrics, collect = self.metrics, MeanAP(score=score)
-    self.metrics = collect
-    try: self.validate(dl=dl)
-    finally: self.metrics = metrics
+    collect = MeanAP(score=score)
+    with replacing_yield(self, "metrics", collect): self.validate(dl=dl)
     return collect.preds, collect.targets
 
 # %% ../nbs/11b_detector.ipynb #feae357b

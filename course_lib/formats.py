@@ -10,10 +10,7 @@ __all__ = ['VOC_CLASSES', 'VOC', 'Object', 'Page', 'read_xml', 'voc_pages', 'coc
 import json, math, os
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
-
-from defusedxml.common import DefusedXmlException
-from defusedxml.ElementTree import parse
+from defusedxml.ElementTree import ParseError, parse
 
 from .checks import ensure, hint, short
 from .files import PICTURES, read_text, voc_folder
@@ -59,7 +56,7 @@ def read_xml(path):
     ensure(Path(path).is_file(), f"{where} is missing. Every picture in a split has one, even one "
            "without objects.", FileNotFoundError)
     try: root = parse(path).getroot()
-    except (ParseError, DefusedXmlException, ValueError, LookupError) as e:
+    except (ParseError, ValueError, LookupError) as e:  # ValueError: also what defusedxml refuses
         raise ValueError(f"{where}: not a proper XML file ({e}). Correct it.") from None
     size = _size(root.findtext("size/width"), root.findtext("size/height"), f"{where}, <size>")
     objects = []

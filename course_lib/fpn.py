@@ -14,7 +14,7 @@ from torchvision.ops import complete_box_iou_loss
 from .anchors import decode, make_anchors
 from .boxes import area, pairwise_iou
 from .backbone import backbone
-from .checks import check_cells, ensure, one_of
+from .checks import ensure, one_of
 from .losses import SSDLoss
 from .match import BACKGROUND, settle
 
@@ -115,12 +115,9 @@ def _candidates(anchors, boxes, grids, k):
     away = torch.cdist(middle(boxes), middle(anchors))                                     # [B,N,A]
     near = torch.zeros_like(away, dtype=torch.bool)
     each = len(anchors) // sum(g * g for g in grids)  # anchors of a cell
-    start = 0
-    for g in grids:
-        n = g * g * each
-        closest = away[..., start:start + n].topk(min(k, n), largest=False).indices        # [B,N,k]
-        near.scatter_(2, closest + start, True)
-        start += n
+    levels = [g * g * each for g in grids]
+    for far, close in zip(away.split(levels, 2), near.split(levels, 2)):                   # [B,N,n]
+        close.scatter_(2, far.topk(min(k, far.shape[2]), largest=False).indices, True)
     return near
 
 # %% ../nbs/12_fpn.ipynb #c2809ae2
@@ -142,7 +139,9 @@ def atss(
     gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
     """
     (B, N), A = labels.shape, len(anchors)
-    check_cells(A, grids)
+    cells = sum(g * g for g in grids)
+    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
+                           f"{tuple(grids)}. Pass the model's own grids.")
     if N == 0: return torch.full((B, A), BACKGROUND, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
     near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]
@@ -162,10 +161,9 @@ def giou(
     """IoU minus the share of the hull that neither box covers.
 
     Rezatofighi et al., Generalized IoU (2019), algorithm 1. 0/0 counts as 0."""
-    shared = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    shared = shared.clamp(min=0).prod(-1)
-    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    hull = hull.clamp(min=0).prod(-1)
+    (a0, a1), (b0, b1) = a.split(2, -1), b.split(2, -1)  # upper left, lower right: [...,2] each
+    shared = (torch.minimum(a1, b1) - torch.maximum(a0, b0)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a1, b1) - torch.minimum(a0, b0)).clamp(min=0).prod(-1)
     union = area(a) + area(b) - shared
     return (shared / union.masked_fill(union == 0, 1)
             - (hull - union) / hull.masked_fill(hull == 0, 1))

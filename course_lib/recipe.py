@@ -73,8 +73,7 @@ class EMA(Callback):
             kept = w.clone()
             w.copy_(a)
             a.copy_(kept)
-    def before_validate(self): self.swap()
-    def after_validate(self): self.swap()
+    before_validate = after_validate = swap
     def after_fit(self):
         self.swap()
         self.average, self.steps = None, 0
@@ -133,8 +132,7 @@ def fast_learner(
 ): # a `DetectionLearner`
     "A `DetectionLearner` on pictures in memory, with AdamW in one call for all weights."
     set_seed(seed)
-    dls = (memory_loaders(data, model.size, bs, tfms, seed=seed, device=device) if dls is None
-           else dls)
+    dls = dls or memory_loaders(data, model.size, bs, tfms, seed=seed, device=device)
     if loss is None and isinstance(model, RetinaNet): loss = retina_loss(model.to(dls.device))
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-5, fused=True)
     learn = detection_learner(data, model, loss=loss, dls=dls, opt_func=opt, cbs=Epochs(), **kwargs)

@@ -38,7 +38,7 @@ def check_settings(
     for name, known in dict(model=models, precision=("auto", "float32", "bfloat16")).items():
         ensure(s[name] in known, f"{name}: {s[name]!r} is not one of {', '.join(known)}.")
     if s["start_size"]:
-        ensure(s["model"] == "retinanet", "start_size: only a retinanet can change its size.")
+        ensure(s["model"] == "retinanet", "start_size: only a retinanet can grow. Leave it out.")
         ensure(32 <= s["start_size"] <= s["size"],
                f"start_size: {s['start_size']} must lie between 32 and size, {s['size']}.")
     ensure(s["lr"] > 0, f"lr: {s['lr']} must be above 0.")

@@ -7,10 +7,8 @@ __all__ = ['FORMAT', 'WEIGHTS', 'plain', 'checkpoint', 'write_whole', 'checkpoin
            'load_detector', 'fill_opt']
 
 # %% ../nbs/95b_saving.ipynb #sav-imp1
-import warnings
-from importlib import import_module
+import importlib.util, warnings
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -113,15 +111,15 @@ def fill_model(model, state, name):
 
 # %% ../nbs/95b_saving.ipynb #ofcourse
 def _of_the_course(module):
-    "Is this the name of one of the course's modules?"
+    "Is this the name of one of the course's modules? If so, its `spec`"
     package, _, name = module.partition(".")
-    return package == "course_lib" and name.isidentifier() and find_spec(module) is not None
+    return package == "course_lib" and name.isidentifier() and importlib.util.find_spec(module)
 
 # %% ../nbs/95b_saving.ipynb #30c4ace9
 def _rebuild(state, name):
     "A model of the class and with the settings that a checkpoint names, with random weights"
     module, _, kind = state["kind"].rpartition(".")
-    known = getattr(import_module(module), kind, None) if _of_the_course(module) else None
+    known = getattr(importlib.import_module(module), kind, None) if _of_the_course(module) else None
     settings, own = state["settings"], state["body"]
     ensure(isinstance(known, type) and issubclass(known, nn.Module) and None not in (settings, own),
            f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. "
