@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ensure', 'one_of', 'hint', 'check_classes', 'check_between', 'check_shapes', 'check_boxes',
-           'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_nms', 'check_detections',
-           'check_picture', 'check_lengths', 'check_splits', 'check_names', 'no_source', 'check_same_classes',
-           'check_learner', 'check_export', 'short']
+           'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_detections', 'check_picture',
+           'check_lengths', 'check_splits', 'check_names', 'no_source', 'check_learner', 'short']
 
 # %% ../nbs/94_checks.ipynb #chk-imp1
 import difflib, math
@@ -128,16 +127,10 @@ def check_match(anchors, boxes, labels, difficult, positive, negative):
     ensure(0 < negative <= positive <= 1, "match: 0 < negative <= positive <= 1 is needed, "
            f"not negative={negative}, positive={positive}.")
 
-def check_nms(boxes, scores, labels, iou):
-    "Raise for arguments of `nms` that do not fit together"
-    check_between("nms", iou=iou)
-    check_shapes("nms", boxes=(boxes, "n 4"), scores=(scores, "n"), labels=(labels, "n"))
-
 def check_detections(offsets, logits, anchors, score, iou, candidates, top):
     "Raise for arguments of `detections` that do not fit together"
     check_between("detections", score=score, iou=iou)
-    ensure(min(candidates, top) >= 0,
-           f"detections: candidates={candidates} and top={top} must not be negative.")
+    ensure(min(candidates, top) >= 0, f"detections: {candidates=} or {top=} is negative.")
     o, l, a = (list(x.shape) for x in (offsets, logits, anchors))
     ensure(len(l) == 3 and o == [*l[:2], 4] and a == [l[1], 4], f"detections: offsets {o}, logits "
            f"{l}, anchors {a} do not fit together. [B,A,4], [B,A,C] and [A,4] are needed.")
@@ -163,28 +156,19 @@ def check_lengths(n, **lists):
 def check_splits(where, data):
     "Raise unless there are pictures to train on and to validate on"
     for name in ("train", "valid"):
-        ensure(getattr(data, name), f"{where}: data.{name} has no pictures. "
-                                    "Use hold_out(data) to make a validation split.")
+        ensure(getattr(data, name), f"{where}: data.{name} has no pictures. Try hold_out(data).")
 
 # %% ../nbs/94_checks.ipynb #chk-few4
 def check_names(keys, classes):
     "Raise for a label without a name; strings name themselves"
     most, n = max((k for k in keys if not isinstance(k, str)), default=-1), len(classes or ())
-    ensure(classes is None or most < n,
-           f"labels: {most} has no name: {n} classes have ids from 0 to {n - 1}.")
+    ensure(classes is None or most < n, f"labels: {most} has no name; ids go from 0 to {n - 1}.")
 
-
-
+# %% ../nbs/94_checks.ipynb #chk-few5
 def no_source(source, names):
     "Raise for a data set that is nowhere"
     raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor "
                             f"there as a folder or file in {Path.cwd()}.{hint(source, names)}")
-
-# %% ../nbs/94_checks.ipynb #chk-few5
-def check_same_classes(name, stored, own):
-    "Raise unless a file and a learner know the same classes in the same order"
-    ensure(stored == own, f"checkpoint: {name!r} knows {', '.join(stored)}; this learner's data "
-                          f"has {', '.join(own)}. The names and their order must agree.")
 
 # %% ../nbs/94_checks.ipynb #chk-few3
 def check_learner(model, size, n_classes):
@@ -193,12 +177,6 @@ def check_learner(model, size, n_classes):
            f"size is {size}. Leave size out, or make the model for {size}.")
     own = getattr(model, "n_classes", n_classes)
     ensure(own == n_classes, f"detection_learner: the model has {own} classes, not {n_classes}.")
-
-def check_export(path, classes, n_classes):
-    "Raise for what `to_onnx` can't do"
-    ensure(path.parent.is_dir(), f"to_onnx: there is no folder {path.parent}. Make it first.",
-           FileNotFoundError)
-    ensure(len(classes) == n_classes, f"to_onnx: {len(classes)} names for {n_classes} classes.")
 
 # %% ../nbs/94_checks.ipynb #chk-short2
 def short(path):

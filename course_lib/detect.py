@@ -10,7 +10,7 @@ import math, torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
-from .checks import check_between, check_detections, check_nms, check_picture, ensure
+from .checks import check_between, check_detections, check_picture, check_shapes, ensure
 from .machine import evaluating
 from .plot import show_boxes, to_array
 
@@ -38,7 +38,8 @@ def nms(
     `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
     ValueError for shapes that do not fit, boxes that are not finite, or unless 0 <= iou <= 1.
     """
-    check_nms(boxes, scores, labels, iou)
+    check_between("nms", iou=iou)
+    check_shapes("nms", boxes=(boxes, "n 4"), scores=(scores, "n"), labels=(labels, "n"))
     if len(boxes) == 0: return torch.zeros(0, dtype=torch.long, device=boxes.device)
     if boxes.device.type == "mps":
         on_cpu = (x if x is None else x.cpu() for x in (boxes, scores, labels))

@@ -8,7 +8,7 @@ __all__ = ['unpad', 'MeanAP', 'DetectionLearner', 'detection_learner']
 # %% ../nbs/11b_detector.ipynb #41b3bfd1
 from pathlib import Path
 from .augment import train_tfms as course_tfms, valid_tfms
-from .checks import check_learner, check_same_classes, ensure
+from .checks import check_learner, ensure
 from .detect import detections, predict as predict_pictures, show_detections
 from .learn import dataloaders, param_groups
 from .losses import SSDLoss
@@ -22,10 +22,10 @@ from .ssd import SSD
 # %% ../nbs/11b_detector.ipynb #20a841b9
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
-from fastai.learner import Learner, Metric, replacing_yield
-from fastai.torch_core import distrib_barrier, get_model, rank_distrib
-from fastcore.basics import patch
-from torch import nn
+import torch
+from fastai.basics import (Learner, Metric, distrib_barrier, get_model, patch, rank_distrib,
+                           replacing_yield)
+
 
 # %% ../nbs/11b_detector.ipynb #33e5c803
 def unpad(
@@ -105,7 +105,7 @@ def detection_learner(
     loss = SSDLoss(model.anchors, "focal") if loss is None else loss
     metrics = MeanAP() if metrics is None else metrics
     kwargs = dict(splitter=param_groups, train_bn=False, metrics=metrics) | kwargs
-    if isinstance(loss, nn.Module): loss.to(dls.device)
+    if isinstance(loss, torch.nn.Module): loss.to(dls.device)
     return DetectionLearner(data, dls, model.to(dls.device), loss, **kwargs)
 
 # %% ../nbs/11b_detector.ipynb #bf9807ff
@@ -205,10 +205,8 @@ def save(self: DetectionLearner,
 ): # the path
     """Save the detector with its classes, size and anchors, whole or not at all; `load_detector`
     needs nothing but this file."""
-    path = _place(self, file)
-    if not rank_distrib():
-        write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None),
-                    path)
+    path, opt = _place(self, file), self.opt if with_opt else None
+    if not rank_distrib(): write_whole(checkpoint(get_model(self.model), self.classes, opt), path)
     return path
 
 # %% ../nbs/11b_detector.ipynb #f2b8a45c
@@ -225,7 +223,8 @@ def load(self: DetectionLearner,
     distrib_barrier()
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
-    check_same_classes(path.name, state["classes"], self.classes)
+    ensure(state["classes"] == self.classes, f"checkpoint: {path.name!r} knows the classes "
+           f"{', '.join(state['classes'])}, and this learner {', '.join(self.classes)}.")
     fill_model(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: fill_opt(self, state["opt"], model.anchors.device)

@@ -56,8 +56,7 @@ def open_image(
             if picture.size != expected == stored.size: picture = stored
             picture = as_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace the file, or "
-                      f"leave it out.") from None
+        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace it.") from None
     if expected and picture.size != expected:
         wrong = "{} has {} x {} pixels, its annotation says {} x {}. Correct the one or the other."
         raise ValueError(wrong.format(short(path), *picture.size, *expected))
@@ -213,12 +212,11 @@ def unpack(
         raise FileExistsError(f"{folder} is there already. Delete it, or unpack to another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as tmp:
-        for archive in [archives] if isinstance(archives, (str, Path)) else archives:
+        for archive in map(Path, [archives] if isinstance(archives, (str, Path)) else archives):
             try:
                 with tarfile.open(archive) as tar: tar.extractall(Path(tmp, "all"), filter=_plain)
-            except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-                raise ValueError(f"{Path(archive).name} cannot be unpacked: {error}. "
-                                 f"Get it again.") from None
+            except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
+                raise ValueError(f"{archive.name} cannot be unpacked: {e}. Get it again.") from None
         return Path(tmp, "all").rename(folder)
 
 # %% ../nbs/93_files.ipynb #4824a022

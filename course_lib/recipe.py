@@ -22,10 +22,8 @@ from .ssd import SSD
 
 # %% ../nbs/13_recipe.ipynb #414e1443
 import numpy as np
-from fastai.callback.core import Callback
+from fastai.basics import Callback, OptimWrapper, get_model, rank_distrib, set_seed
 from fastai.callback.schedule import ParamScheduler, combined_cos
-from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib, set_seed
 from torch import nn
 
 # %% ../nbs/13_recipe.ipynb #5fca3e7a

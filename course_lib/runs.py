@@ -14,10 +14,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
-from fastai.callback.core import Callback
+from fastai.basics import Callback, Metric, get_model, num_distrib, rank_distrib
 from fastai.distributed import DistributedTrainer
-from fastai.learner import Metric
-from fastai.torch_core import get_model, num_distrib, rank_distrib
 from IPython.display import display
 from tqdm import tqdm
 

@@ -8,13 +8,12 @@ __all__ = ['FORMAT', 'WEIGHTS', 'plain', 'checkpoint', 'write_whole', 'checkpoin
 
 # %% ../nbs/95b_saving.ipynb #sav-imp1
 import importlib.util, warnings
-from importlib.resources import files
+
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.foundation import L
-from torch import nn
+from fastai.basics import L, to_device
 
 from .backbone import Backbone, backbone
 from .checks import ensure
@@ -23,7 +22,8 @@ from .machine import pick_device
 
 # %% ../nbs/95b_saving.ipynb #4585d3dd
 FORMAT = "course_lib.detector 1"
-WEIGHTS = Path(str(files("course_lib"))) / "weights"  # the detectors that come with the course
+# the folder of the detectors that come with the course
+WEIGHTS = Path(importlib.util.find_spec("course_lib").origin).parent / "weights"
 
 # %% ../nbs/95b_saving.ipynb #4991fd5e
 def plain(x):
@@ -111,7 +111,7 @@ def fill_model(model, state, name):
 
 # %% ../nbs/95b_saving.ipynb #ofcourse
 def _of_the_course(module):
-    "Is this the name of one of the course's modules? If so, its `spec`"
+    "Is this the name of one of the course's modules?"
     package, _, name = module.partition(".")
     return package == "course_lib" and name.isidentifier() and importlib.util.find_spec(module)
 
@@ -121,9 +121,9 @@ def _rebuild(state, name):
     module, _, kind = state["kind"].rpartition(".")
     known = getattr(importlib.import_module(module), kind, None) if _of_the_course(module) else None
     settings, own = state["settings"], state["body"]
-    ensure(isinstance(known, type) and issubclass(known, nn.Module) and None not in (settings, own),
-           f"checkpoint: {name!r} holds a {kind}, which can't be made from the file alone. "
-           "Make one and pass it as model=.")
+    able = isinstance(known, type) and issubclass(known, torch.nn.Module)
+    ensure(able and None not in (settings, own), f"checkpoint: {name!r} holds a {kind}, which "
+           "can't be made from the file alone. Make one and pass it as model=.")
     body = backbone(own["name"], pretrained=False, out_indices=own["out_indices"])
     body.fixed_stats = own["fixed_stats"]
     return known(**settings, body=body)
@@ -148,8 +148,7 @@ def fill_opt(learn, stored, device):
     "Give the learner's optimiser the stored state, on the model's device"
     if learn.opt is None: learn.create_opt()
     if "param_groups" in stored: return learn.opt.load_state_dict(stored)  # one of PyTorch's own
-    to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
-    state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]
-    try: learn.opt.load_state_dict(dict(state=state, hypers=L(stored["hypers"])))
+    state, hypers = to_device(stored["state"], device), L(stored["hypers"])
+    try: learn.opt.load_state_dict(dict(state=state, hypers=hypers))
     except AssertionError:
         warnings.warn("load: the stored optimiser has other parameter groups; it was left out.")
