@@ -163,10 +163,9 @@ def coco_pages(
 # %% ../nbs/93b_formats.ipynb #fmt-coco3
 def _coco_object(row, categories, at):
     "One annotation: x, y, width, height become corners"
-    ensure(len(row["bbox"]) == 4,
-           f"{at}: bbox {row['bbox']} is not x, y, width, height. Correct the file.")
-    x, y, w, h = (_number(v, f"{at}, bbox") for v in row["bbox"])
-    name = categories[row["category_id"]]["name"]
+    box, name = row["bbox"], categories[row["category_id"]]["name"]
+    ensure(len(box) == 4, f"{at}: bbox {box} is not x, y, width, height. Correct the file.")
+    x, y, w, h = (_number(v, f"{at}, bbox") for v in box)
     return Object(name, [x, y, x + w, y + h], bool(row.get("iscrowd") or row.get("ignore")), at)
 
 # %% ../nbs/93b_formats.ipynb #91919dde

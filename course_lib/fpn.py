@@ -73,9 +73,10 @@ class RetinaNet(nn.Module):
         one anchor a cell are ours.
         """
         super().__init__()
+        ratios = tuple((float(w), float(h)) for w, h in ratios)
         self.n_classes = n_classes
-        self.settings = dict(n_classes=n_classes, size=size, width=width, depth=depth, zooms=zooms,
-                             ratios=ratios)
+        self.settings = dict(n_classes=int(n_classes), size=int(size), width=int(width),
+                             depth=int(depth), zooms=tuple(map(float, zooms)), ratios=ratios)
         self.body = backbone(out_indices=(2, 3, 4)) if body is None else body
         self.fpn, k = FPN(self.body.channels, width), len(zooms) * len(ratios)
         self.class_tower, self.box_tower = (

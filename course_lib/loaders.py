@@ -50,8 +50,7 @@ class MemoryLoader:
         (n, *_, kept), parts = split[0].shape, num_distrib()
         ensure(n >= parts, f"MemoryLoader: {n} pictures for {parts} processes. Start fewer.")
         ensure(parts <= 1 or bs > 1, "MemoryLoader: bs is 1. Several processes need 2 or more.")
-        ensure(tfms is not None or kept == size, f"MemoryLoader: the pictures are kept at {kept} "
-               f"px, and without transforms size can't be {size}.")
+        ensure(tfms or kept == size, f"MemoryLoader: kept at {kept} px, size {size} needs tfms.")
         self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = (
             split, size, bs, tfms, shuffle, seed, 0)
         self.counts = (split[2] >= 0).sum(1).cpu()  # [n], objects of each picture

@@ -129,9 +129,8 @@ def memory_gb() -> float | None:
 # %% ../nbs/81_machine.ipynb #1a558c98
 def check_memory() -> list[Check]:
     "Processors, memory, and the shared memory through which data loaders hand over their pictures"
-    n, gb, shared = cpu_count(), memory_gb(), Path("/dev/shm")
-    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, "
-                                 f"{platform.machine() or 'kind unknown'}")]
+    n, gb, shared, kind = cpu_count(), memory_gb(), Path("/dev/shm"), platform.machine()
+    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, {kind or 'kind unknown'}")]
     if gb is None:
         checks.append(Check("memory", "cannot be told here", "note",
                             "See in your task manager that 8 GB are there."))

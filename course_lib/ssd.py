@@ -85,7 +85,9 @@ class SSD(nn.Module):
         """
         super().__init__()
         self.size, self.n_classes = size, n_classes
-        self.settings = dict(n_classes=n_classes, size=size, grids=grids, zooms=zooms, ratios=ratios)
+        ratios = tuple((float(w), float(h)) for w, h in ratios)
+        self.settings = dict(n_classes=int(n_classes), size=int(size), grids=tuple(map(int, grids)),
+                             zooms=tuple(map(float, zooms)), ratios=ratios)
         self.body = backbone() if body is None else body
         cells, k = -(-size // self.body.strides[-1]), len(zooms) * len(ratios)
         self.head = SSDHead(self.body.channels[-1], cells, n_classes, grids, k, prior=prior)
