@@ -194,7 +194,8 @@ def download(
 # %% ../nbs/93_files.ipynb #de2077d2
 def _plain(member, folder):
     "Accept plain files and folders that stay inside, and nothing else."
-    if not (member.isfile() or member.isdir()) or member.name.startswith(("/", "\\")):
+    inside = not member.name.startswith(("/", "\\")) and ".." not in Path(member.name).parts
+    if not (inside and (member.isfile() or member.isdir())):
         raise tarfile.TarError(f"{member.name} is a link or a device, or lies outside the folder")
     return tarfile.data_filter(member, folder)
 

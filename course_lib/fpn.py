@@ -109,13 +109,13 @@ def _grids(size, strides, extra=2):
     return tuple(grids)
 
 # %% ../nbs/12_fpn.ipynb #333ff8d0
-def _candidates(anchors, boxes, grids, k):
-    "True for the k anchors of each level whose centres are closest to the object's, [B,N,A]."
+def _candidates(anchors, boxes, levels, k):
+    """True for the k anchors of each level whose centres are closest to the object's, [B,N,A];
+    levels are their numbers of anchors."""
     middle = lambda x: (x[..., :2] + x[..., 2:]) / 2
     away = torch.cdist(middle(boxes), middle(anchors))                                     # [B,N,A]
     near = torch.zeros_like(away, dtype=torch.bool)
-    each = len(anchors) // sum(g * g for g in grids)  # anchors of a cell
-    levels = [g * g * each for g in grids]
+
     for far, close in zip(away.split(levels, 2), near.split(levels, 2)):                   # [B,N,n]
         close.scatter_(2, far.topk(min(k, far.shape[2]), largest=False).indices, True)
     return near
@@ -144,7 +144,7 @@ def atss(
                            f"{tuple(grids)}. Pass the model's own grids.")
     if N == 0: return torch.full((B, A), BACKGROUND, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
-    near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]
+    near = _candidates(anchors, boxes, [A // cells * g * g for g in grids], k)             # [B,N,A]
     n, total = near.sum(2), (overlap * near).sum(2)                                        # [B,N]
     spread = ((overlap - (total / n)[..., None]).square() * near).sum(2) / (n - 1).clamp(min=1)
     middle = (anchors[:, :2] + anchors[:, 2:]) / 2                                         # [A,2]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.basics import L, to_device
+from fastcore.foundation import L
 
 from .backbone import Backbone, backbone
 from .checks import ensure
@@ -148,7 +148,8 @@ def fill_opt(learn, stored, device):
     "Give the learner's optimiser the stored state, on the model's device"
     if learn.opt is None: learn.create_opt()
     if "param_groups" in stored: return learn.opt.load_state_dict(stored)  # one of PyTorch's own
-    state, hypers = to_device(stored["state"], device), L(stored["hypers"])
-    try: learn.opt.load_state_dict(dict(state=state, hypers=hypers))
+    to = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+    state = [{k: to(v) for k, v in one.items()} for one in stored["state"]]
+    try: learn.opt.load_state_dict(dict(state=state, hypers=L(stored["hypers"])))
     except AssertionError:
         warnings.warn("load: the stored optimiser has other parameter groups; it was left out.")
