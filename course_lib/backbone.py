@@ -68,9 +68,8 @@ def backbone(
         net = timm.create_model(name, pretrained=pretrained and not local, features_only=True,
                                 out_indices=out_indices)
     except OSError as e:
-        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched "
-                           f"({type(e).__name__}). Connect to the internet, use the default "
-                           "'tf_efficientnet_lite0', or pretrained=False.") from e
+        raise RuntimeError(f"backbone: the weights of {name!r} could not be fetched. Connect to "
+                           "the internet, use tf_efficientnet_lite0, or pretrained=False.") from e
     if local and pretrained:
         net.load_state_dict({k: v for k, v in lite0_weights().items() if k in net.state_dict()})
     config = (dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if local

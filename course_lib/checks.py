@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ensure', 'one_of', 'hint', 'check_classes', 'check_between', 'check_shapes', 'check_boxes',
-           'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_nms', 'check_detections',
-           'check_picture', 'check_lengths', 'check_splits', 'check_names', 'check_pixels', 'no_source', 'check_grid',
-           'check_cells', 'check_finite', 'check_same_classes', 'check_loader', 'check_learner', 'check_export',
-           'short']
+           'check_convert', 'fit', 'check_iou', 'check_pairwise', 'check_match', 'check_detections', 'check_picture',
+           'check_lengths', 'check_splits', 'check_names', 'no_source', 'check_learner', 'short']
 
 # %% ../nbs/94_checks.ipynb #chk-imp1
 import difflib, math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 # %% ../nbs/94_checks.ipynb #chk-ens1
 def ensure(
@@ -49,15 +46,13 @@ def check_classes(
     names,   # the names that there are
 ) -> list:
     "The list of classes asked for; each must be one of `names`, and there once"
-    if isinstance(classes, str):
-        raise ValueError(f"classes: {classes!r} is a string. Pass a list, such as [{classes!r}].")
+    ensure(not isinstance(classes, str), f"classes: {classes!r} is a string. Pass a list of names.")
     classes = list(classes)
+    ensure(classes, "classes: the list is empty. Leave it out for all.")
     for name in classes:
         ensure(name in names, f"classes: there is no {name!r} here.{hint(name, names)} "
                               f"There are {', '.join(names)}.")
         ensure(classes.count(name) == 1, f"classes: {name!r} is there twice. Name each class once.")
-    ensure(classes, "classes: the list is empty. "
-                    f"Name some of {', '.join(names)}, or leave it out for all.")
     return classes
 
 # %% ../nbs/94_checks.ipynb #chk-num1
@@ -89,11 +84,10 @@ def check_boxes(where="", **named):
     "Raise unless each of the named things is a tensor whose last dimension is 4"
     for name, boxes in named.items():
         at = f"{where}: {name}" if where else name
-        ensure(isinstance(boxes, Tensor), f"{at}: a tensor of boxes is needed, "
+        ensure(isinstance(boxes, torch.Tensor), f"{at}: a tensor of boxes is needed, "
                f"not {type(boxes).__name__}. Wrap it in torch.tensor(...).", TypeError)
-        ensure(boxes.ndim and boxes.shape[-1] == 4,
-               f"{at}: shape {list(boxes.shape)}, but the last dimension must be 4, "
-               "one box a row. No boxes at all is torch.zeros(0, 4).")
+        ensure(boxes.shape[-1:] == (4,), f"{at}: shape {list(boxes.shape)}, but the last dimension "
+               "must be 4, one box a row. No boxes at all is torch.zeros(0, 4).")
 
 # %% ../nbs/94_checks.ipynb #chk-box4
 FORMATS = "xyxy", "xywh", "cxcywh"
@@ -101,8 +95,7 @@ FORMATS = "xyxy", "xywh", "cxcywh"
 def check_convert(boxes, *formats):
     "Raise unless these are boxes, and formats that they can be written in"
     for fmt in formats:
-        ensure(fmt in FORMATS,
-               f"convert: unknown format {fmt!r}. Use one of {', '.join(FORMATS)}.")
+        ensure(fmt in FORMATS, f"convert: unknown format {fmt!r}. Use one of {', '.join(FORMATS)}.")
     check_boxes(boxes=boxes)
 
 # %% ../nbs/94_checks.ipynb #chk-box2
@@ -122,11 +115,9 @@ def check_pairwise(a, b):
     "Raise unless every box of `a` can be compared with every box of `b`"
     check_boxes("pairwise_iou", a=a, b=b)
     for name, boxes in (("a", a), ("b", b)):
-        ensure(boxes.ndim > 1, f"pairwise_iou: {name} is one box, shape [4]. "
-                               f"Use {name}[None] to make it [1, 4].")
-    ensure(fit(a.shape[:-2], b.shape[:-2]),
-           f"pairwise_iou: a is {list(a.shape)} and b is {list(b.shape)}. "
-           "The dimensions before the last two must be equal, or 1, or missing.")
+        ensure(boxes.ndim > 1, f"pairwise_iou: {name} is one box. Make it [1, 4] by {name}[None].")
+    ensure(fit(a.shape[:-2], b.shape[:-2]), f"pairwise_iou: a is {list(a.shape)} and b is "
+           f"{list(b.shape)}. Dimensions before the last two must be equal, or 1, or missing.")
 
 # %% ../nbs/94_checks.ipynb #chk-spec2
 def check_match(anchors, boxes, labels, difficult, positive, negative):
@@ -136,20 +127,13 @@ def check_match(anchors, boxes, labels, difficult, positive, negative):
     ensure(0 < negative <= positive <= 1, "match: 0 < negative <= positive <= 1 is needed, "
            f"not negative={negative}, positive={positive}.")
 
-def check_nms(boxes, scores, labels, iou):
-    "Raise for arguments of `nms` that do not fit together"
-    check_between("nms", iou=iou)
-    check_shapes("nms", boxes=(boxes, "n 4"), scores=(scores, "n"), labels=(labels, "n"))
-
 def check_detections(offsets, logits, anchors, score, iou, candidates, top):
     "Raise for arguments of `detections` that do not fit together"
     check_between("detections", score=score, iou=iou)
-    ensure(min(candidates, top) >= 0,
-           f"detections: candidates={candidates} and top={top} must not be negative.")
+    ensure(min(candidates, top) >= 0, f"detections: {candidates=} or {top=} is negative.")
     o, l, a = (list(x.shape) for x in (offsets, logits, anchors))
-    ensure(len(l) == 3 and o == [*l[:2], 4] and a == [l[1], 4],
-           f"detections: offsets {o}, logits {l}, anchors {a} do not fit together. "
-           "[B,A,4], [B,A,C] and [A,4] are needed.")
+    ensure(len(l) == 3 and o == [*l[:2], 4] and a == [l[1], 4], f"detections: offsets {o}, logits "
+           f"{l}, anchors {a} do not fit together. [B,A,4], [B,A,C] and [A,4] are needed.")
 
 # %% ../nbs/94_checks.ipynb #chk-pic2
 def check_picture(picture):
@@ -172,73 +156,27 @@ def check_lengths(n, **lists):
 def check_splits(where, data):
     "Raise unless there are pictures to train on and to validate on"
     for name in ("train", "valid"):
-        ensure(getattr(data, name), f"{where}: data.{name} has no pictures. "
-                                    "Use hold_out(data) to make a validation split.")
+        ensure(getattr(data, name), f"{where}: data.{name} has no pictures. Try hold_out(data).")
 
 # %% ../nbs/94_checks.ipynb #chk-few4
 def check_names(keys, classes):
     "Raise for a label without a name; strings name themselves"
     most, n = max((k for k in keys if not isinstance(k, str)), default=-1), len(classes or ())
-    ensure(classes is None or most < n,
-           f"labels: {most} has no name: {n} classes have ids from 0 to {n - 1}.")
-
-def check_pixels(image):
-    "Raise unless an array is one picture"
-    ensure(image.ndim == 3 and image.shape[2] in (1, 3), f"image: shape {tuple(image.shape)} is "
-           "not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
-
-def no_source(source, names):
-    "Raise for a data set that is nowhere"
-    raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor a "
-                            f"folder or a file that exists (looked in {Path.cwd()})."
-                            f"{hint(source, names)}")
+    ensure(classes is None or most < n, f"labels: {most} has no name; ids go from 0 to {n - 1}.")
 
 # %% ../nbs/94_checks.ipynb #chk-few5
-def check_grid(cells, grid, possible):
-    "Raise for a grid that can't be made"
-    ensure(possible, f"grids: a map of {cells} x {cells} cells can't be made into {grid} x {grid}. "
-           f"Take {cells} or {-(-cells // 2)} there, and halve from one grid to the next.")
-
-def check_cells(A, grids):
-    "Raise for anchors that are not those of the grids"
-    cells = sum(g * g for g in grids)
-    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
-                           f"{tuple(grids)}. Pass the model's own grids.")
-
-def check_finite(extent):
-    "Raise for boxes whose extent is not finite"
-    ensure(extent.isfinite(), "nms: some boxes are not finite. "
-           "Leave them out: boxes.isfinite().all(1) is True for the others.")
-
-def check_same_classes(name, stored, own):
-    "Raise unless a file and a learner know the same classes in the same order"
-    ensure(stored == own, f"checkpoint: {name!r} knows {', '.join(stored)}; this learner's data "
-                          f"has {', '.join(own)}. The names and their order must agree.")
+def no_source(source, names):
+    "Raise for a data set that is nowhere"
+    raise FileNotFoundError(f"source: {str(source)!r} is neither one of {', '.join(names)} nor "
+                            f"there as a folder or file in {Path.cwd()}.{hint(source, names)}")
 
 # %% ../nbs/94_checks.ipynb #chk-few3
-def check_loader(n, processes, bs, kept, size, tfms):
-    "Raise for what `MemoryLoader` can't do"
-    ensure(n >= processes, f"MemoryLoader: {n} pictures can't be shared by {processes} "
-                           "processes. Start fewer, or use more pictures.")
-    ensure(processes <= 1 or bs > 1, "MemoryLoader: bs is 1, and several processes need at least "
-                                     "2, or one of them may have no picture left.")
-    ensure(tfms is not None or kept == size, f"MemoryLoader: the pictures are kept at {kept} px, "
-                                             f"and without transforms size can't be {size}.")
-
 def check_learner(model, size, n_classes):
     "Raise for a model that `detection_learner` can't train on such data"
     ensure(model.size == size, f"detection_learner: the model is made for {model.size} px, and "
            f"size is {size}. Leave size out, or make the model for {size}.")
     own = getattr(model, "n_classes", n_classes)
-    ensure(own == n_classes, f"detection_learner: the model has {own} classes and the data has "
-                             f"{n_classes}.")
-
-def check_export(path, classes, n_classes):
-    "Raise for what `to_onnx` can't do"
-    ensure(path.parent.is_dir(), f"to_onnx: there is no folder {path.parent}. Make it first.",
-           FileNotFoundError)
-    ensure(len(classes) == n_classes, f"to_onnx: {len(classes)} names are given, and the model "
-                                      f"has {n_classes} classes.")
+    ensure(own == n_classes, f"detection_learner: the model has {own} classes, not {n_classes}.")
 
 # %% ../nbs/94_checks.ipynb #chk-short2
 def short(path):

@@ -56,23 +56,19 @@ def predict_files(
 def _command(func, name):
     """Run a function with the arguments of the command line; what goes wrong in an expected way is
     one sentence."""
+    plt.switch_backend("Agg")
     args = vars(anno_parser(func, prog=name).parse_args())
     args.pop("pdb", None), args.pop("xtra", None)
     try: return func(**args)
-    except (ValueError, OSError) as e: sys.exit(f"{name}: {e}")
-    except RuntimeError as e:
-        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent:
-            raise
-        sys.exit(f"{name}: {e}")  # said by this library itself
+    except (ValueError, OSError, RuntimeError) as e:
+        where = Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent
+        if isinstance(e, RuntimeError) and where != Path(__file__).parent: raise  # not our own
+        sys.exit(f"{name}: {e}")
 
 def course_train():
     "The command that trains."
-    import matplotlib
-    matplotlib.use("Agg")
     _command(train, "course_train")
 
 def course_predict():
     "The command that detects, and prints JSON."
-    import matplotlib
-    matplotlib.use("Agg")
     print(json.dumps(_command(predict_files, "course_predict"), indent=1))

@@ -49,11 +49,17 @@ def _records(pages, classes, notes, dropped=None):
             elif obj.name not in ids: dropped[obj.name] += 1
             elif (box := clean(obj, page.size, notes)) is not None:
                 rows.append((box, ids[obj.name], obj.difficult))
-        boxes, labels, difficult = zip(*rows) if rows else ((), (), ())
-        records.append(Record(page.path, torch.tensor(boxes).float().reshape(-1, 4),
-                              torch.tensor(labels).long(), torch.tensor(difficult).bool(),
+        boxes, labels, hard = map(torch.tensor, zip(*rows) if rows else ((), (), ()))
+        records.append(Record(page.path, boxes.float().reshape(-1, 4), labels.long(), hard.bool(),
                               page.size))
     return records
+
+def _read(pages, names, classes, source):
+    "Records of one split that is read by itself, and the classes: those asked for, or all"
+    notes, classes = Notes(), names if classes is None else check_classes(classes, classes)
+    records = _records(pages, classes, notes)
+    notes.show(source)
+    return records, classes
 
 # %% ../nbs/01_data.ipynb #a640aa80
 def read_voc(
@@ -68,11 +74,8 @@ def read_voc(
     picture is opened. A box that leaves its picture is clipped and one without area is dropped;
     both are counted in print. Whatever else is wrong is a ValueError or a FileNotFoundError
     that names the file and the place."""
-    pages, notes = voc_pages(folder, split), Notes()
-    classes = names_in(pages) if classes is None else check_classes(classes, classes)
-    records = _records(pages, classes, notes)
-    notes.show(f"{Path(folder).name}, {split}")
-    return records, classes
+    pages = voc_pages(folder, split)
+    return _read(pages, names_in(pages), classes, f"{Path(folder).name}, {split}")
 
 # %% ../nbs/01_data.ipynb #492e776a
 def read_coco(
@@ -85,11 +88,7 @@ def read_coco(
 
     COCO's x, y, width, height become x0,y0,x1,y1 here; `iscrowd` and `ignore` become
     `difficult`. No picture is opened. What is wrong is treated as in `read_voc`."""
-    (pages, names), notes = coco_pages(json_path, images), Notes()
-    classes = names if classes is None else check_classes(classes, classes)
-    records = _records(pages, classes, notes)
-    notes.show(Path(json_path).name)
-    return records, classes
+    return _read(*coco_pages(json_path, images), classes, Path(json_path).name)
 
 # %% ../nbs/01_data.ipynb #c6342b7c
 @dataclass(repr=False, eq=False)

@@ -10,7 +10,7 @@ import logging, onnx, torch, torchvision, warnings
 from pathlib import Path
 from torch import nn
 from .anchors import decode
-from .checks import check_export
+from .checks import ensure
 
 # %% ../nbs/13b_deploy.ipynb #4137bde5
 class Deployable(nn.Module):
@@ -56,17 +56,17 @@ def to_onnx(
     Names and size go into the file's metadata. FileNotFoundError for a folder that is not
     there, ValueError where names and classes differ in number."""
     path = Path(path)
-    check_export(path, classes, model.n_classes)
+    ensure(path.parent.is_dir(), f"to_onnx: there is no folder {path.parent}. Make it first.",
+           FileNotFoundError)
+    ensure(len(classes) == model.n_classes, f"to_onnx: {len(classes)} names are given for "
+           f"{model.n_classes} classes. Pass one for each.")
     net = Deployable(model, score, iou, candidates).eval().cpu()
     example = torch.rand(2, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(net, (example,), dynamo=True,
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                                    input_names=["images"],
-                                    output_names=["picture", "boxes", "scores", "labels"],
-                                    verbose=False)
+    names = dict(input_names=["images"], output_names=["picture", "boxes", "scores", "labels"])
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(net, (example,), dynamo=True, verbose=False, **names,
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},))
     proto = program.model_proto
     onnx.helper.set_model_props(proto, dict(classes="\n".join(classes), size=str(model.size)))
     onnx.checker.check_model(proto)

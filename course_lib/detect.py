@@ -10,8 +10,7 @@ import math, torch, torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from .anchors import decode
-from .checks import (check_between, check_detections, check_finite, check_nms,
-                               check_picture)
+from .checks import check_between, check_detections, check_picture, check_shapes, ensure
 from .machine import evaluating
 from .plot import show_boxes, to_array
 
@@ -39,14 +38,16 @@ def nms(
     `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
     ValueError for shapes that do not fit, boxes that are not finite, or unless 0 <= iou <= 1.
     """
-    check_nms(boxes, scores, labels, iou)
+    check_between("nms", iou=iou)
+    check_shapes("nms", boxes=(boxes, "n 4"), scores=(scores, "n"), labels=(labels, "n"))
     if len(boxes) == 0: return torch.zeros(0, dtype=torch.long, device=boxes.device)
     if boxes.device.type == "mps":
         on_cpu = (x if x is None else x.cpu() for x in (boxes, scores, labels))
         return nms(*on_cpu, iou).to(boxes.device)
     boxes, scores = boxes.double(), scores.double()
     region = boxes.max() - boxes.min() + 1
-    check_finite(region)
+    ensure(region.isfinite(), "nms: some boxes are not finite. "
+           "Leave them out: boxes.isfinite().all(1) is True for the others.")
     if labels is None: return torchvision.ops.nms(boxes, scores, iou)
     moved = boxes + labels[:, None] * region                                              # [n,4]
     if len(boxes) <= 500 or boxes.device.type != "cpu":

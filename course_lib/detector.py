@@ -8,11 +8,11 @@ __all__ = ['unpad', 'MeanAP', 'DetectionLearner', 'detection_learner']
 # %% ../nbs/11b_detector.ipynb #41b3bfd1
 from pathlib import Path
 from .augment import train_tfms as course_tfms, valid_tfms
-from .checks import check_learner, check_same_classes, ensure
+from .checks import check_learner, ensure
 from .detect import detections, predict as predict_pictures, show_detections
 from .learn import dataloaders, param_groups
 from .losses import SSDLoss
-from .machine import all_pictures, pick_device
+from .machine import all_pictures
 from .metrics import mean_ap
 from .plot import show_boxes
 from .saving import (FORMAT, checkpoint, fill_model, fill_opt, load_detector,
@@ -21,10 +21,10 @@ from .ssd import SSD
 
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
-from fastai.learner import Learner, Metric
-from fastai.torch_core import distrib_barrier, get_model, rank_distrib
-from fastcore.basics import patch
-from torch import nn
+import torch
+from fastai.basics import (Learner, Metric, distrib_barrier, get_model, patch, rank_distrib,
+                           replacing_yield)
+
 
 # %% ../nbs/11b_detector.ipynb #33e5c803
 def unpad(
@@ -33,9 +33,8 @@ def unpad(
     difficult=None, # [B,N] bool
 ): # a dict for each picture: boxes [n,4], labels [n] and, if it was given, difficult [n]
     "The objects of each picture of a padded batch, on the CPU, in the form that `mean_ap` takes."
-    columns = (dict(boxes=boxes, labels=labels)
-               | ({} if difficult is None else dict(difficult=difficult)))
-    columns, real = {k: v.cpu() for k, v in columns.items()}, labels.cpu() >= 0
+    columns = dict(boxes=boxes, labels=labels, difficult=difficult)
+    columns, real = {k: v.cpu() for k, v in columns.items() if v is not None}, labels.cpu() >= 0
     return [{k: v[b][real[b]] for k, v in columns.items()} for b in range(len(real))]
 
 # %% ../nbs/11b_detector.ipynb #16f5df61
@@ -100,15 +99,13 @@ def detection_learner(
     size = size or getattr(model, "size", 128)
     if model is None: model = SSD(len(data.classes), size)
     check_learner(model, size, len(data.classes))
-    device = pick_device(device) if dls is None else dls.device
-    if dls is None:
-        dls = dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size),
-                          difficult=True, workers=workers, device=device)
+    dls = dls or dataloaders(data, size, bs, train_tfms or course_tfms(size), valid_tfms(size),
+                             difficult=True, workers=workers, device=device)
     loss = SSDLoss(model.anchors, "focal") if loss is None else loss
     metrics = MeanAP() if metrics is None else metrics
     kwargs = dict(splitter=param_groups, train_bn=False, metrics=metrics) | kwargs
-    return DetectionLearner(data, dls, model.to(device),
-                            loss.to(device) if isinstance(loss, nn.Module) else loss, **kwargs)
+    if isinstance(loss, torch.nn.Module): loss.to(dls.device)
+    return DetectionLearner(data, dls, model.to(dls.device), loss, **kwargs)
 
 # %% ../nbs/11b_detector.ipynb #bf9807ff
 @patch
@@ -131,10 +128,8 @@ def get_preds(self: DetectionLearner,
 
     Not what fastai's method of this name returns; its other arguments are not supported."""
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
-    metrics, collect = self.metrics, MeanAP(score=score)
-    self.metrics = collect
-    try: self.validate(dl=dl)
-    finally: self.metrics = metrics
+    collect = MeanAP(score=score)
+    with replacing_yield(self, "metrics", collect): self.validate(dl=dl)
     return collect.preds, collect.targets
 
 # %% ../nbs/11b_detector.ipynb #feae357b
@@ -207,10 +202,8 @@ def save(self: DetectionLearner,
 ): # the path
     """Save the detector with its classes, size and anchors, whole or not at all; `load_detector`
     needs nothing but this file."""
-    path = _place(self, file)
-    if not rank_distrib():
-        write_whole(checkpoint(get_model(self.model), self.classes, self.opt if with_opt else None),
-                    path)
+    path, opt = _place(self, file), self.opt if with_opt else None
+    if not rank_distrib(): write_whole(checkpoint(get_model(self.model), self.classes, opt), path)
     return path
 
 # %% ../nbs/11b_detector.ipynb #f2b8a45c
@@ -227,7 +220,8 @@ def load(self: DetectionLearner,
     distrib_barrier()
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
-    check_same_classes(path.name, state["classes"], self.classes)
+    ensure(state["classes"] == self.classes, f"checkpoint: {path.name!r} knows the classes "
+           f"{', '.join(state['classes'])}, and this learner {', '.join(self.classes)}.")
     fill_model(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: fill_opt(self, state["opt"], model.anchors.device)

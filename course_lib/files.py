@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError
 
-from .checks import short
+from .checks import ensure, short
 from .machine import data_root
 
 # %% ../nbs/93_files.ipynb #fil-pic2
@@ -48,21 +48,18 @@ def open_image(
     A record's picture must have the size that its annotation gave: a ValueError if not, since
     its boxes would be misplaced. FileNotFoundError if there is no file, OSError if it cannot be
     decoded; each names the file."""
-    path = Path(getattr(item, "path", item))
-    expected = item.size if hasattr(item, "path") else None
+    path, expected = Path(getattr(item, "path", item)), tuple(getattr(item, "size", ()))
     if not path.is_file(): raise FileNotFoundError(f"there is no picture {path}. Check the path.")
     try:
         with Image.open(path) as stored:
             picture = ImageOps.exif_transpose(stored)
-            if expected and picture.size != tuple(expected) == stored.size: picture = stored
+            if picture.size != expected == stored.size: picture = stored
             picture = as_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace the file, or "
-                      f"leave it out.") from None
-    if expected and picture.size != tuple(expected):
-        raise ValueError(f"{short(path)} has {picture.width} x {picture.height} pixels, its "
-                         f"annotation says {expected[0]} x {expected[1]}. Its boxes would be "
-                         f"misplaced: correct the one or the other.")
+        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace it.") from None
+    if expected and picture.size != expected:
+        wrong = "{} has {} x {} pixels, its annotation says {} x {}. Correct the one or the other."
+        raise ValueError(wrong.format(short(path), *picture.size, *expected))
     return picture
 
 # %% ../nbs/93_files.ipynb #fil-txt2
@@ -105,6 +102,8 @@ _SLOWEST = 10_000  # bytes a second; below that a source is given up on
 
 class _GiveUp(OSError): "What the same server would do again."
 
+def _bytes(path): return path.stat().st_size if path.exists() else 0
+
 def _receive(stream, file, bar, size, timeout):
     "Write what arrives, until it ends, grows too long, or comes too slowly."
     since, got = time.monotonic(), 0
@@ -118,7 +117,7 @@ def _receive(stream, file, bar, size, timeout):
 # %% ../nbs/93_files.ipynb #41af1e28
 def _fetch(url, part, size, timeout):
     "Append what `part` lacks. Anything that ends before the whole file is there is an OSError."
-    have = part.stat().st_size if part.exists() else 0
+    have = _bytes(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -129,8 +128,7 @@ def _fetch(url, part, size, timeout):
         if not answer.ok: raise OSError(f"HTTP {answer.status_code} {answer.reason}")
         length = answer.headers.get("Content-Length", "")
         total = have + int(length) if length.isdigit() else size
-        if size and total != size:
-            raise OSError(f"offers {total:,} bytes where {size:,} are expected")
+        ensure(not size or total == size, f"offers {total} bytes, not {size}", OSError)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
         with bar, open(part, "ab") as file: _receive(answer.raw, file, bar, size, timeout)
     if total and bar.n < total: raise OSError(f"broke off after {bar.n:,} of {total:,} bytes")
@@ -138,32 +136,28 @@ def _fetch(url, part, size, timeout):
 # %% ../nbs/93_files.ipynb #857842df
 def _problem(path, size, md5):
     "What is wrong with a file, or None."
-    if size and path.stat().st_size != size:
-        return f"has {path.stat().st_size:,} bytes where {size:,} are expected"
+    if size and _bytes(path) != size: return f"has {_bytes(path):,} bytes, not {size:,}"
     if md5:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file,
-                                        lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        with open(path, "rb") as f:
+            found = hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found != md5: return f"has checksum {found} where {md5} is expected"
 
 # %% ../nbs/93_files.ipynb #cdeab4c3
 def _complete(part, url, size, md5, timeout, tries):
     "Complete `part` from one source. None when it is whole and right, else what went wrong."
     for _ in range(tries):
-        before = part.stat().st_size if part.exists() else 0
+        before = _bytes(part)
         try:
             if not size or before < size: _fetch(url, part, size, timeout)
+            problem = _problem(part, size, md5)
+            if not problem: return None
+            print(f"{part.stem} {problem}: thrown away")
+            part.unlink()
+            if not before: return problem
         except (OSError, HTTPError) as error:
-            now = part.stat().st_size if part.exists() else 0
-            problem = (f"{error}" if isinstance(error, OSError) else f"broke off after {now:,} "
-                       f"bytes ({type(error).__name__})")
-            if now > before and not isinstance(error, _GiveUp): continue
-            return problem
-        problem = _problem(part, size, md5)
-        if not problem: return None
-        print(f"{part.stem} {problem}: thrown away")
-        part.unlink()
-        if not before: return problem
+            told = isinstance(error, OSError)
+            problem = f"{error}" if told else f"broke off after {_bytes(part):,} bytes"
+            if isinstance(error, _GiveUp) or _bytes(part) <= before: return problem
     return problem
 
 # %% ../nbs/93_files.ipynb #8d34615b
@@ -187,24 +181,22 @@ def download(
     if dest.exists(): print(f"{dest.name} {problem}: fetching it again")
     dest.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
-        if part.exists() and ((size and part.stat().st_size > size) or not (md5 or len(urls) == 1)):
+        if part.exists() and (size and _bytes(part) > size or not (md5 or len(urls) == 1)):
             print(f"{part.name}: cannot be trusted, starting again")
             part.unlink()
         problem = _complete(part, url, size, md5, timeout, tries)
         if not problem: return part.replace(dest)
         failures.append(f"  {url}: {problem}")
     known = f" ({size:,} bytes)" if size else ""
-    raise OSError("\n".join([f"{dest.name} could not be downloaded.", *failures,
-                             "Get it with a browser, or from someone "
-                             f"who has it{known}, put it at {dest} and run this again."]))
+    raise OSError("\n".join([f"{dest.name} could not be downloaded.", *failures, "Get it with a "
+                             f"browser{known}, put it at {dest} and run this again."]))
 
 # %% ../nbs/93_files.ipynb #de2077d2
 def _plain(member, folder):
     "Accept plain files and folders that stay inside, and nothing else."
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.TarError(f"{member.name} is a link or a device")
-    if member.name.startswith(("/", "\\")) or ".." in Path(member.name).parts:
-        raise tarfile.TarError(f"{member.name} lies outside the folder")
+    inside = not member.name.startswith(("/", "\\")) and ".." not in Path(member.name).parts
+    if not (inside and (member.isfile() or member.isdir())):
+        raise tarfile.TarError(f"{member.name} is a link or a device, or lies outside the folder")
     return tarfile.data_filter(member, folder)
 
 # %% ../nbs/93_files.ipynb #4b6340d5
@@ -221,20 +213,18 @@ def unpack(
         raise FileExistsError(f"{folder} is there already. Delete it, or unpack to another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as tmp:
-        for archive in [archives] if isinstance(archives, (str, Path)) else archives:
+        for archive in map(Path, [archives] if isinstance(archives, (str, Path)) else archives):
             try:
                 with tarfile.open(archive) as tar: tar.extractall(Path(tmp, "all"), filter=_plain)
-            except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-                raise ValueError(f"{Path(archive).name} cannot be unpacked: {error}. "
-                                 f"Get it again.") from None
+            except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
+                raise ValueError(f"{archive.name} cannot be unpacked: {e}. Get it again.") from None
         return Path(tmp, "all").rename(folder)
 
 # %% ../nbs/93_files.ipynb #4824a022
-_ARCHIVES = {"2007": [("VOCtrainval_06-Nov-2007.tar", 460032000,
-                       "c52e279531787c972589f7e41ab4ae64"),
-                      ("VOCtest_06-Nov-2007.tar", 451020800, "b6e924de25625d8de591ea690078ad9f")],
-             "2012": [("VOCtrainval_11-May-2012.tar", 1999639040,
-                       "6cd6e144f989b92b3379bac3b3de84fd")]}
+_ARCHIVES = {
+    "2007": [("VOCtrainval_06-Nov-2007.tar", 460032000, "c52e279531787c972589f7e41ab4ae64"),
+             ("VOCtest_06-Nov-2007.tar", 451020800, "b6e924de25625d8de591ea690078ad9f")],
+    "2012": [("VOCtrainval_11-May-2012.tar", 1999639040, "6cd6e144f989b92b3379bac3b3de84fd")]}
 _HOSTS = ["https://data.pjreddie.com/files/{name}",
           "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
           "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
@@ -244,7 +234,7 @@ _FASTAI = "https://s3.amazonaws.com/fast-ai-imagelocal/pascal-voc.tgz"
 # %% ../nbs/93_files.ipynb #804b078c
 def _fetch_voc(year):
     "Download and unpack one year of VOC under the data root; its folder."
-    root = data_root()
+    root, devkit = data_root(), data_root() / "VOCdevkit"
     gigabytes = sum(size for _, size, _ in _ARCHIVES[year]) / 1e9
     print(f"VOC{year} is not in {root.name} yet: downloading {gigabytes:.1f} GB, once (unpacked it "
           f"takes as much again)")
@@ -254,16 +244,14 @@ def _fetch_voc(year):
     except OSError as error:
         print(f"{error}\nTrying fast.ai's archive of both years, about 4.6 GB.")
         archives = [download([_FASTAI], root / "pascal-voc.tgz")]
-    (root / "VOCdevkit").mkdir(exist_ok=True)
+    devkit.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as tmp:
         for found in sorted(unpack(archives, Path(tmp, "all")).glob("*/VOC20??")):
-            if not (root / "VOCdevkit" / found.name).exists():
-                found.rename(root / "VOCdevkit" / found.name)
+            if not (devkit / found.name).exists(): found.rename(devkit / found.name)
     for archive in archives: archive.unlink()
-    if not (root / "VOCdevkit" / f"VOC{year}").is_dir():
-        raise OSError(f"the archives hold no VOC{year}. Get it by hand: data/README.md says "
-                      f"where it goes.")
-    return root / "VOCdevkit" / f"VOC{year}"
+    ensure((devkit / f"VOC{year}").is_dir(), f"the archives hold no VOC{year}. Get it by hand: "
+           "data/README.md says where it goes.", OSError)
+    return devkit / f"VOC{year}"
 
 # %% ../nbs/93_files.ipynb #fil-voc2
 def voc_folder(year: str) -> Path:

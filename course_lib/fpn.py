@@ -14,7 +14,7 @@ from torchvision.ops import complete_box_iou_loss
 from .anchors import decode, make_anchors
 from .boxes import area, pairwise_iou
 from .backbone import backbone
-from .checks import check_cells, ensure, one_of
+from .checks import ensure, one_of
 from .losses import SSDLoss
 from .match import BACKGROUND, settle
 
@@ -109,18 +109,15 @@ def _grids(size, strides, extra=2):
     return tuple(grids)
 
 # %% ../nbs/12_fpn.ipynb #333ff8d0
-def _candidates(anchors, boxes, grids, k):
-    "True for the k anchors of each level whose centres are closest to the object's, [B,N,A]."
+def _candidates(anchors, boxes, levels, k):
+    """True for the k anchors of each level whose centres are closest to the object's, [B,N,A];
+    levels are their numbers of anchors."""
     middle = lambda x: (x[..., :2] + x[..., 2:]) / 2
     away = torch.cdist(middle(boxes), middle(anchors))                                     # [B,N,A]
     near = torch.zeros_like(away, dtype=torch.bool)
-    each = len(anchors) // sum(g * g for g in grids)  # anchors of a cell
-    start = 0
-    for g in grids:
-        n = g * g * each
-        closest = away[..., start:start + n].topk(min(k, n), largest=False).indices        # [B,N,k]
-        near.scatter_(2, closest + start, True)
-        start += n
+
+    for far, close in zip(away.split(levels, 2), near.split(levels, 2)):                   # [B,N,n]
+        close.scatter_(2, far.topk(min(k, far.shape[2]), largest=False).indices, True)
     return near
 
 # %% ../nbs/12_fpn.ipynb #c2809ae2
@@ -141,10 +138,12 @@ def atss(
     gets one (`strongest_first`). ValueError where the anchors are not those of the grids.
     """
     (B, N), A = labels.shape, len(anchors)
-    check_cells(A, grids)
+    cells = sum(g * g for g in grids)
+    ensure(A % cells == 0, f"atss: {A} anchors can't belong to the {cells} cells of grids "
+                           f"{tuple(grids)}. Pass the model's own grids.")
     if N == 0: return torch.full((B, A), BACKGROUND, device=boxes.device)
     overlap = pairwise_iou(boxes.masked_fill((labels < 0)[..., None], 0), anchors)         # [B,N,A]
-    near = _candidates(anchors, boxes, grids, k)                                           # [B,N,A]
+    near = _candidates(anchors, boxes, [A // cells * g * g for g in grids], k)             # [B,N,A]
     n, total = near.sum(2), (overlap * near).sum(2)                                        # [B,N]
     spread = ((overlap - (total / n)[..., None]).square() * near).sum(2) / (n - 1).clamp(min=1)
     middle = (anchors[:, :2] + anchors[:, 2:]) / 2                                         # [A,2]
@@ -161,10 +160,9 @@ def giou(
     """IoU minus the share of the hull that neither box covers.
 
     Rezatofighi et al., Generalized IoU (2019), algorithm 1. 0/0 counts as 0."""
-    shared = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    shared = shared.clamp(min=0).prod(-1)
-    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    hull = hull.clamp(min=0).prod(-1)
+    (a0, a1), (b0, b1) = a.split(2, -1), b.split(2, -1)  # upper left, lower right: [...,2] each
+    shared = (torch.minimum(a1, b1) - torch.maximum(a0, b0)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a1, b1) - torch.minimum(a0, b0)).clamp(min=0).prod(-1)
     union = area(a) + area(b) - shared
     return (shared / union.masked_fill(union == 0, 1)
             - (hull - union) / hull.masked_fill(hull == 0, 1))

@@ -16,9 +16,7 @@ from .machine import data_root, keep_memory, one_thread, pick_device
 
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.learner import Metric
+from fastai.basics import DataLoader, DataLoaders, Metric
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -57,10 +55,8 @@ class DetectionDataset(Dataset):
     def load(self, record):
         image = tv_tensors.Image(open_image(record))
         boxes = tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=image.shape[-2:])
-        image, target = self.tfms(image, dict(boxes=boxes, labels=record.labels,
-                                              difficult=record.difficult))
-        return (image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k,
-                                                  v in target.items()})
+        target = dict(boxes=boxes, labels=record.labels, difficult=record.difficult)
+        return v2.ToPureTensor()(*self.tfms(image, target))
 
 # %% ../nbs/03_largest.ipynb #a97f1167
 def collate(

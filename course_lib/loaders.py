@@ -9,7 +9,7 @@ __all__ = ['in_memory', 'MemoryLoader']
 from concurrent.futures import ThreadPoolExecutor
 
 from .augment import valid_tfms
-from .checks import check_loader
+from .checks import ensure
 from .learn import DetectionDataset, collate
 from .machine import cpu_count, one_thread, pick_device
 
@@ -48,8 +48,10 @@ class MemoryLoader:
         several processes (`torchrun`) each has its part of every epoch, and all have the same
         number of batches.
         """
-        n, kept = len(split[0]), split[0].shape[-1]
-        check_loader(n, num_distrib(), bs, kept, size, tfms)
+        (n, *_, kept), parts = split[0].shape, num_distrib()
+        ensure(n >= parts, f"MemoryLoader: {n} pictures for {parts} processes. Start fewer.")
+        ensure(parts <= 1 or bs > 1, "MemoryLoader: bs is 1. Several processes need 2 or more.")
+        ensure(tfms or kept == size, f"MemoryLoader: kept at {kept} px, size {size} needs tfms.")
         self.split, self.size, self.bs, self.tfms, self.shuffle, self.seed, self.epoch = (
             split, size, bs, tfms, shuffle, seed, 0)
         self.counts = (split[2] >= 0).sum(1).cpu()  # [n], objects of each picture

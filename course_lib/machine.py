@@ -39,10 +39,8 @@ def judge(
     if wanted.contains(version, prereleases=True): return "ok"
     for bound in wanted:
         if bound.operator == "!=" or bound.contains(version, prereleases=True): continue
-        if bound.operator in (">=", ">"): return "too old"
-        if bound.operator in ("<=", "<"): return "too new"
-        return ("too old" if Version(version) < Version(bound.version.removesuffix(".*"))
-                else "too new")
+        kind, limit = bound.operator[0], Version(bound.version.removesuffix(".*"))
+        return "too new" if kind == "<" or kind in "=~" and Version(version) >= limit else "too old"
     return "known to fail"
 
 # %% ../nbs/81_machine.ipynb #ef9389e5
@@ -59,11 +57,11 @@ def requirements() -> dict[str, SpecifierSet]:
     "What the library needs, by package name: as `settings.ini` says, or as pip stored it"
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(project_root() / "settings.ini", encoding="utf-8")
-    if config["DEFAULT"].get("lib_name") == "course_lib":
-        lines = config["DEFAULT"]["requirements"].split()
-    else: lines = importlib.metadata.requires("course_lib") or []
-    found = [Requirement(line) for line in lines if "extra ==" not in line]
-    return {r.name: r.specifier for r in found}
+    ours = config["DEFAULT"].get("lib_name") == "course_lib"
+    lines = (config["DEFAULT"]["requirements"].split() if ours
+             else importlib.metadata.requires("course_lib") or [])
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate()]
+    return {r.name: r.specifier for r in wanted}
 
 # %% ../nbs/81_machine.ipynb #8fbd7de6
 @dataclass
@@ -77,8 +75,7 @@ class Check:
 # %% ../nbs/81_machine.ipynb #6ce4b022
 def spell(wanted: SpecifierSet) -> str:
     "Bounds as one would write them: from the lowest to the highest, then what is left out"
-    return ",".join(sorted((str(bound) for bound in wanted),
-                           key=lambda text: "~=><!".index(text[0])))
+    return ",".join(sorted(map(str, wanted), key=lambda text: "~=><!".index(text[0])))
 
 def check_version(name: str, wanted: SpecifierSet) -> Check:
     "Whether the package `name` is installed, within the bounds `wanted`"
@@ -93,14 +90,11 @@ def check_version(name: str, wanted: SpecifierSet) -> Check:
 # %% ../nbs/81_machine.ipynb #17cfd6ac
 def check_versions() -> list[Check]:
     "Python, the five packages that matter most, and the others: one line, and more for the amiss"
-    found = platform.python_version()
-    python = Check("Python", f"{found} on {platform.system()}")
+    python = Check("Python", f"{platform.python_version()} on {platform.system()}")
     if sys.version_info < (3, 11):
-        python = Check("Python", f"{found} is too old", "fix",
-                       "Make an environment with Python 3.11 or newer.")
+        python.state, python.todo = "fix", "Too old: make an environment with Python 3.11 or newer."
     checks = {name: check_version(name, wanted) for name, wanted in requirements().items()}
-    main = [checks.pop(name) for name in ("torch", "torchvision", "timm", "fastai", "nbdev")
-            if name in checks]
+    main = [checks.pop(name) for name in ("torch", "torchvision", "timm", "fastai", "nbdev")]
     amiss = [c for c in checks.values() if c.state != "ok"]
     others = f"{len(checks) - len(amiss)} of {len(checks)} as wanted"
     return [python, *main, Check("other packages", others), *amiss]
@@ -115,9 +109,8 @@ def check_pair() -> Check:
         if kept == [0, 2]: return Check("their compiled code", "torchvision's nms runs")
         reason = f"torchvision's nms kept {kept}, not [0, 2]"
     except Exception as e: reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:70]}"
-    return Check("their compiled code", reason, "fix",
-                 "torch and torchvision are not a pair: pip uninstall both, then install both in "
-                 "one command from one source.")
+    return Check("their compiled code", reason, "fix", "torch and torchvision are not a pair: "
+                 "pip uninstall both, then install both in one command from one source.")
 
 # %% ../nbs/81_machine.ipynb #3867953a
 def cpu_count() -> int:
@@ -136,9 +129,8 @@ def memory_gb() -> float | None:
 # %% ../nbs/81_machine.ipynb #1a558c98
 def check_memory() -> list[Check]:
     "Processors, memory, and the shared memory through which data loaders hand over their pictures"
-    n, gb, shared = cpu_count(), memory_gb(), Path("/dev/shm")
-    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, "
-                                 f"{platform.machine() or 'kind unknown'}")]
+    n, gb, shared, kind = cpu_count(), memory_gb(), Path("/dev/shm"), platform.machine()
+    checks = [Check("processor", f"{n} core{'s' * (n > 1)} usable, {kind or 'kind unknown'}")]
     if gb is None:
         checks.append(Check("memory", "cannot be told here", "note",
                             "See in your task manager that 8 GB are there."))
@@ -147,32 +139,27 @@ def check_memory() -> list[Check]:
         checks.append(Check("memory", f"{gb:.1f} GB", "note",
                             "Close other kernels; later, use batches of 16 and num_workers=0."))
     if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
-        checks.append(Check("shared memory", f"{size:.2f} GB", "note",
-                            "Loaders with workers may die of a bus error: "
-                            "use a container with --shm-size=8g, or num_workers=0."))
+        checks.append(Check("shared memory", f"{size:.2f} GB", "note", "Loaders with workers may "
+                            "die of a bus error: start with --shm-size=8g, or num_workers=0."))
     return checks
 
 # %% ../nbs/81_machine.ipynb #ca439349
 def why_no_gpu() -> tuple[str, str]:
     "The reason why PyTorch sees no GPU, and what to do"
     import torch
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.is_available()
+    with warnings.catch_warnings(record=True, action="always") as said: torch.cuda.is_available()
     if not shutil.which("nvidia-smi"):
         return ("no NVIDIA driver was found",
                 "use a machine with an NVIDIA GPU and its driver (81_machine, Renting a GPU)")
     if torch.version.cuda is None and torch.version.hip is None:
         return ("there is a driver, but this PyTorch is a build for the processor only",
-                "install torch and torchvision for CUDA, both from one source (pytorch.org, "
-                "Get Started)")
+                "install torch and torchvision for CUDA, both as pytorch.org, Get Started, says")
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return ("the variable CUDA_VISIBLE_DEVICES hides every GPU",
                 "unset CUDA_VISIBLE_DEVICES and restart the kernel")
-    reason = (str(said[0].message).splitlines()[0][:120] if said
-              else "the driver is there, but CUDA does not start")
-    return reason, ("compare the CUDA version that nvidia-smi shows with torch.version.cuda: "
-                    "the driver's must not be the older")
+    reason = str(said[0].message) if said else "the driver is there, but CUDA does not start"
+    return reason.splitlines()[0][:120], ("compare the CUDA version that nvidia-smi shows with "
+                                          "torch.version.cuda: the driver's must not be the older")
 
 # %% ../nbs/81_machine.ipynb #5afcb70b
 def check_gpu() -> Check:
@@ -180,26 +167,22 @@ def check_gpu() -> Check:
     try: import torch
     except Exception:
         return Check("GPU", "PyTorch does not import", "fix", "Mend torch first: see above.")
-    if torch.cuda.is_available():
-        gpu, n = torch.cuda.get_device_properties(0), torch.cuda.device_count()
-        try: torch.ones(2, device="cuda").sum().item()
-        except RuntimeError as e:
-            return Check("GPU", f"{gpu.name} does not run", "fix",
-                         f"PyTorch says '{str(e).splitlines()[0][:90]}': install a build of "
-                         "PyTorch that knows this GPU.")
-        cuda, hip, gb = torch.version.cuda, torch.version.hip, gpu.total_memory / 2**30
-        found = (f"{f'{n} x ' if n > 1 else ''}{gpu.name}, {gb:.0f} GB, "
-                 f"{f'CUDA {cuda}' if cuda else f'ROCm {hip}'}, "
-                 f"bfloat16: {'yes' if gpu.major >= 8 else 'no'}")
-        if gb >= 7: return Check("GPU", found)
-        return Check("GPU", found, "note",
-                     "Little memory: halve the batch size where a lesson runs out of it.")
-    if getattr(torch.backends, "mps", None) and torch.backends.mps.is_available():
+    if torch.backends.mps.is_available():
         return Check("GPU", "Apple GPU (mps)", "note",
                      "If it lacks an operation, set PYTORCH_ENABLE_MPS_FALLBACK=1 and restart.")
-    return Check("GPU", f"none: {why_no_gpu()[0]}", "note",
-                 "None is needed for the lessons as they stand; to train for real, see "
-                 "81_machine, Renting a GPU.")
+    if not torch.cuda.is_available():
+        return Check("GPU", f"none: {why_no_gpu()[0]}", "note", "None is needed for the lessons as "
+                     "they stand; to train for real, see 81_machine, Renting a GPU.")
+    gpu, n = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    try: torch.ones(2, device="cuda").sum().item()
+    except RuntimeError as e:
+        return Check("GPU", f"{gpu.name} does not run", "fix", "Install a build of PyTorch that "
+                     f"knows this GPU; this one says: {str(e).splitlines()[0][:90]}.")
+    cuda, gb = torch.version.cuda, gpu.total_memory / 2**30
+    found = (f"{f'{n} x ' * (n > 1)}{gpu.name}, {gb:.0f} GB, {'CUDA' if cuda else 'ROCm'} "
+             f"{cuda or torch.version.hip}, bfloat16: {'yes' if gpu.major >= 8 else 'no'}")
+    if gb >= 7: return Check("GPU", found)
+    return Check("GPU", found, "note", "Little memory: halve bs where a lesson runs out of it.")
 
 # %% ../nbs/81_machine.ipynb #8768ce36
 def data_root() -> Path:
@@ -212,9 +195,8 @@ def data_root() -> Path:
     root = Path(named).expanduser() if named else project_root() / "data"
     if not named: root.mkdir(exist_ok=True)
     if not root.is_dir():
-        raise FileNotFoundError(f"COURSE_DATA is {named!r}, and there is no such folder. "
-                                "Mount or make it, or unset COURSE_DATA to use the project's "
-                                "own data/.")
+        raise FileNotFoundError(f"COURSE_DATA is {named!r}, and there is no such folder. Mount or "
+                                "make it, or unset COURSE_DATA to use the project's own data/.")
     return root
 
 # %% ../nbs/81_machine.ipynb #c1a01423
@@ -222,8 +204,7 @@ def data_sets(root: Path) -> dict[str, int]: # folder, relative to `root` -> num
     "The data sets in PASCAL VOC's layout at most three folders below `root`"
     found = {p.parent.parent for depth in ("*", "*/*", "*/*/*")
              for p in Path(root).glob(f"{depth}/ImageSets/Main")}
-    count = lambda folder: sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-    return {p.relative_to(root).as_posix(): count(p / "JPEGImages") for p in sorted(found)}
+    return {p.relative_to(root).as_posix(): len([*p.glob("JPEGImages/*")]) for p in sorted(found)}
 
 # %% ../nbs/81_machine.ipynb #a6af05af
 def check_folder() -> Check:
@@ -232,9 +213,8 @@ def check_folder() -> Check:
     try: free = shutil.disk_usage(data_root()).free / 2**30
     except OSError as e: return Check("data folder", f"{name} cannot be used", "fix", str(e))
     if free >= 8: return Check("data folder", f"{name}, {free:.0f} GB free")
-    return Check("data folder", f"{name}, {free:.1f} GB free", "note",
-                 "VOC 2007 and 2012 take about 6 GB, packed and unpacked: free some space, or "
-                 "point COURSE_DATA elsewhere.")
+    return Check("data folder", f"{name}, {free:.1f} GB free", "note", "VOC takes about 6 GB, "
+                 "packed and unpacked: free some space, or point COURSE_DATA elsewhere.")
 
 # %% ../nbs/81_machine.ipynb #2f88016f
 def check_data(
@@ -252,8 +232,7 @@ def check_data(
     missing = [n for n in needs if n.lower() not in names and not Path(n).exists()]
     if missing:
         checks.append(Check("data wanted", f"{' and '.join(missing)} not found", "fix",
-                            f'get_data("{wanted}") fetches VOC on its first use; data of your own '
-                            "needs its right path."))
+                            f'get_data("{wanted}") fetches VOC; own data needs its right path.'))
     return checks
 
 # %% ../nbs/81_machine.ipynb #7b8d6e72
@@ -276,10 +255,9 @@ class Machine:
     def ok(self) -> bool: return all(c.state != "fix" for c in self.checks)
 
     def __getitem__(self, what: str) -> Check:
-        for c in self.checks:
-            if c.what == what: return c
-        raise KeyError(f"{what}: there is no such line; the lines are "
-                       f"{', '.join(c.what for c in self.checks)}")
+        lines = {c.what: c for c in self.checks}
+        if what in lines: return lines[what]
+        raise KeyError(f"{what}: there is no such line; the lines are {', '.join(lines)}")
 
     def __repr__(self) -> str:
         width = max(len(c.what) for c in self.checks)
@@ -300,8 +278,7 @@ def check_machine(
     memory, GPU, free disk, data sets and the backbone's weights. It changes nothing and
     downloads nothing."""
     if gpu and ((card := check_gpu()).state == "fix" or card.found.startswith("none")):
-        reason, remedy = (why_no_gpu() if card.state != "fix"
-                          else (card.found, card.todo.rstrip(".")))
+        reason, remedy = why_no_gpu() if card.state == "note" else (card.found, card.todo[:-1])
         raise RuntimeError(f"This needs a GPU and PyTorch has none here: {reason}; {remedy}.")
     return Machine([*check_versions(), check_pair(), *check_memory(), check_gpu(),
                     *check_data(data), check_weights()])
@@ -333,9 +310,8 @@ def pick_device(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if there.get(device.type, True): return device
-    raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none on this "
-                       "machine. Run check_machine() to see why, or leave the argument out to "
-                       "train on the CPU.")
+    raise RuntimeError(f"device: {device.type!r} was asked for, and PyTorch finds none here. Run "
+                       "check_machine() to see why, or leave it out to train on the CPU.")
 
 # %% ../nbs/81_machine.ipynb #8827005a
 @contextmanager

@@ -161,8 +161,7 @@ def _coco(preds, targets, n_classes):
     met = pairs(found["boxes"], objects["boxes"], *group, .5, later=True, crowd=crowd)
     rows, value = _match_coco(*met, group[0], ignore, crowd, _THRESHOLDS)  # [R] [R,T,A]
     ignored = (value == 1) | ((value == 0) & outside[rows][:, None])
-    n = torch.zeros(n_classes, len(_RANGES),
-                    dtype=torch.double).index_add_(0, objects["labels"], (~ignore).double())
+    n = torch.zeros(n_classes, 4).double().index_add_(0, objects["labels"], (~ignore).double())
     ap, stats = _coco_stats(found, place, rows, value == 2, ignored, ~outside, n)
     return Scored(float(ap.nanmean()), ap, stats)
 

@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from .checks import check_lengths, check_names, check_pixels, ensure
+from .checks import check_lengths, check_names, ensure
 from .files import as_rgb, open_image
 
 # %% ../nbs/01b_plot.ipynb #8a918fa3
@@ -29,7 +29,8 @@ def to_array(image) -> np.ndarray:
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
     image = np.asarray(image)
     if image.ndim == 2: image = image[..., None]
-    check_pixels(image)
+    ensure(image.ndim == 3 and image.shape[2] in (1, 3), f"image: shape {tuple(image.shape)} is "
+           "not one picture. Pass [H,W,3] or a [3,H,W] tensor.")
     if image.dtype != np.uint8:
         image = (np.nan_to_num(image.astype(float)).clip(0, 1) * 255).round().astype(np.uint8)
     return image.repeat(3, axis=2) if image.shape[2] == 1 else image
@@ -103,10 +104,8 @@ def _captions(n, labels, classes, scores, difficult):
     place = {name: i for i, name in enumerate(known)}
     ids = [place.get(k, len(known)) if isinstance(k, str) else k for k in keys]
     check_names(keys, classes)
-    def written(key):
-        if isinstance(key, str): return key
-        return str(key) if classes is None or key < 0 else known[key]
-    names = [""] * n if labels is None else [written(key) for key in keys]
+    written = dict(enumerate(classes or ()))  # what is not in there is written as it is
+    names = [""] * n if labels is None else [written.get(key, str(key)) for key in keys]
     if difficult is not None:
         names = [name + "?" * bool(hard) for name, hard in zip(names, difficult)]
     if scores is not None:

@@ -21,10 +21,8 @@ from .runs import (EpochLoss, Epochs, Half, Keep, Together, Watch, check_setting
 from .ssd import SSD
 
 import numpy as np
-from fastai.callback.core import Callback
+from fastai.basics import Callback, OptimWrapper, get_model, rank_distrib, set_seed
 from fastai.callback.schedule import ParamScheduler, combined_cos
-from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib, set_seed
 from torch import nn
 
 # %% ../nbs/13_recipe.ipynb #5fca3e7a
@@ -72,8 +70,7 @@ class EMA(Callback):
             kept = w.clone()
             w.copy_(a)
             a.copy_(kept)
-    def before_validate(self): self.swap()
-    def after_validate(self): self.swap()
+    before_validate = after_validate = swap
     def after_fit(self):
         self.swap()
         self.average, self.steps = None, 0
@@ -132,8 +129,7 @@ def fast_learner(
 ): # a `DetectionLearner`
     "A `DetectionLearner` on pictures in memory, with AdamW in one call for all weights."
     set_seed(seed)
-    dls = (memory_loaders(data, model.size, bs, tfms, seed=seed, device=device) if dls is None
-           else dls)
+    dls = dls or memory_loaders(data, model.size, bs, tfms, seed=seed, device=device)
     if loss is None and isinstance(model, RetinaNet): loss = retina_loss(model.to(dls.device))
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, eps=1e-5, fused=True)
     learn = detection_learner(data, model, loss=loss, dls=dls, opt_func=opt, cbs=Epochs(), **kwargs)

@@ -21,10 +21,8 @@ from .saving import checkpoint, read_checkpoint, write_whole
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
-from fastai.callback.core import Callback
+from fastai.basics import Callback, Metric, get_model, num_distrib, rank_distrib
 from fastai.distributed import DistributedTrainer
-from fastai.learner import Metric
-from fastai.torch_core import get_model, num_distrib, rank_distrib
 from IPython.display import display
 from tqdm import tqdm
 
@@ -35,13 +33,12 @@ def check_settings(
 ) -> dict:  # those that make this run what it is, with the name of its data
     "The settings of a run. ValueError, in one sentence, for those that can't be."
     s, data = {k: v for k, v in given.items() if k not in ("out", "data", "watch")}, given["data"]
-    ensure(s["model"] in models, f"model: {s['model']!r} is not one of {', '.join(models)}.")
-    ensure(not s["start_size"] or s["model"] == "retinanet",
-           "start_size: only a retinanet can change its size. Leave it out.")
-    ensure(not s["start_size"] or 32 <= s["start_size"] <= s["size"],
-           f"start_size: {s['start_size']} must lie between 32 and size, {s['size']}.")
-    ensure(s["precision"] in ("auto", "float32", "bfloat16"),
-           f"precision: {s['precision']!r} is not one of auto, float32, bfloat16.")
+    for name, known in dict(model=models, precision=("auto", "float32", "bfloat16")).items():
+        ensure(s[name] in known, f"{name}: {s[name]!r} is not one of {', '.join(known)}.")
+    if s["start_size"]:
+        ensure(s["model"] == "retinanet", "start_size: only a retinanet can grow. Leave it out.")
+        ensure(32 <= s["start_size"] <= s["size"],
+               f"start_size: {s['start_size']} must lie between 32 and size, {s['size']}.")
     ensure(s["lr"] > 0, f"lr: {s['lr']} must be above 0.")
     ensure(0 <= s["ema"] < 1, f"ema: {s['ema']} must lie between 0 and 1.")
     for name in ("epochs", "bs", "size"):

@@ -7,24 +7,23 @@ __all__ = ['FORMAT', 'WEIGHTS', 'plain', 'checkpoint', 'write_whole', 'checkpoin
            'load_detector', 'fill_opt']
 
 # %% ../nbs/95b_saving.ipynb #sav-imp1
-import warnings
-from importlib import import_module
-from importlib.resources import files
-from importlib.util import find_spec
+import importlib.util, warnings
+
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.foundation import L
-from torch import nn
 
 from .backbone import Backbone, backbone
+from .checks import ensure
 from .files import whole
 from .machine import pick_device
 
 # %% ../nbs/95b_saving.ipynb #4585d3dd
 FORMAT = "course_lib.detector 1"
-WEIGHTS = Path(str(files("course_lib"))) / "weights"  # the detectors that come with the course
+# the folder of the detectors that come with the course
+WEIGHTS = Path(importlib.util.find_spec("course_lib").origin).parent / "weights"
 
 # %% ../nbs/95b_saving.ipynb #4991fd5e
 def plain(x):
@@ -51,8 +50,7 @@ def checkpoint(
     "Everything that gives a detector's weights a meaning, and the weights."
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     state = dict(format=FORMAT, kind=kind, size=int(model.size),
-                 classes=[str(name) for name in classes],
-                 settings=plain(getattr(model, "settings", None)),
+                 classes=list(map(str, classes)), settings=plain(getattr(model, "settings", None)),
                  body=_body_settings(getattr(model, "body", None)),
                  anchors=model.anchors.detach().cpu().clone(), model=dict(model.state_dict()))
     return state if opt is None else state | dict(opt=plain(opt.state_dict()))
@@ -84,58 +82,51 @@ def read_checkpoint(
 
     FileNotFoundError or ValueError where it is none."""
     path = checkpoint_path(path)
-    if not path.exists():
-        names = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.pth")))
-        raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}. learn.save(...) "
-                                f"returns the path that it wrote; with the course come {names}.")
+    names = ", ".join(sorted(p.stem for p in WEIGHTS.glob("*.pth")))
+    ensure(path.exists(), f"checkpoint: there is no file {str(path)!r}. learn.save(...) returns "
+           f"the path that it wrote; with the course come {names}.", FileNotFoundError)
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError: raise
     except Exception as e:
         raise ValueError(f"checkpoint: {path.name!r} can't be read: it is damaged, or no "
                          f"checkpoint ({type(e).__name__}).") from e
     parts = {"kind", "size", "classes", "settings", "body", "anchors", "model"}
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not parts <= state.keys():
-        raise ValueError(f"checkpoint: {path.name!r} was not written by a DetectionLearner's save, "
-                         "or by one of another version.")
+    ours = isinstance(state, dict) and state.get("format") == FORMAT and parts <= state.keys()
+    ensure(ours, f"checkpoint: {path.name!r} was not written by learn.save of this version.")
     return state
 
 # %% ../nbs/95b_saving.ipynb #c49964ab
 def fill_model(model, state, name):
     """Load the weights of a checkpoint into a model that fits it, or raise before anything is
     changed"""
-    own, stored = model.state_dict(), state["model"]
-    if int(model.size) != state["size"]:
-        raise ValueError(f"checkpoint: {name!r} is for pictures of {state['size']} px, "
-                         f"and this model for {model.size}.")
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in stored.items()}:
-        raise ValueError(f"checkpoint: {name!r} holds a {state['kind'].split('.')[-1]} "
-                         f"whose weights do not fit this {type(model).__name__}.")
-    anchors = model.anchors.detach().cpu()
-    same = anchors.shape == state["anchors"].shape
-    if not same or not torch.allclose(anchors, state["anchors"], atol=1e-3):
-        raise ValueError(f"checkpoint: {name!r} was trained with other anchors than this "
-                         "model has; its boxes would be wrong.")
-    model.load_state_dict(stored)
+    ensure(int(model.size) == state["size"], f"checkpoint: {name!r} is for pictures of "
+           f"{state['size']} px, and this model for {model.size}.")
+    own, stored = ({k: v.shape for k, v in x.items()} for x in (model.state_dict(), state["model"]))
+    ensure(own == stored, f"checkpoint: {name!r} holds a {state['kind'].split('.')[-1]} "
+           f"whose weights do not fit this {type(model).__name__}.")
+    mine, theirs = model.anchors.detach().cpu(), state["anchors"]
+    ensure(mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3), f"checkpoint: "
+           f"{name!r} was trained with other anchors than this model has.")
+    model.load_state_dict(state["model"])
 
 # %% ../nbs/95b_saving.ipynb #ofcourse
 def _of_the_course(module):
     "Is this the name of one of the course's modules?"
     package, _, name = module.partition(".")
-    return package == "course_lib" and name.isidentifier() and find_spec(module) is not None
+    return package == "course_lib" and name.isidentifier() and importlib.util.find_spec(module)
 
 # %% ../nbs/95b_saving.ipynb #30c4ace9
 def _rebuild(state, name):
     "A model of the class and with the settings that a checkpoint names, with random weights"
     module, _, kind = state["kind"].rpartition(".")
-    known = getattr(import_module(module), kind, None) if _of_the_course(module) else None
-    if (not (isinstance(known, type) and issubclass(known, nn.Module))
-            or state["settings"] is None or state["body"] is None):
-        raise ValueError(f"checkpoint: {name!r} holds a {kind}, which can't be made from the "
-                         "file alone. Make one and pass it as model=.")
-    body = backbone(state["body"]["name"], pretrained=False,
-                    out_indices=state["body"]["out_indices"])
-    body.fixed_stats = state["body"]["fixed_stats"]
-    return known(**state["settings"], body=body)
+    known = getattr(importlib.import_module(module), kind, None) if _of_the_course(module) else None
+    settings, own = state["settings"], state["body"]
+    able = isinstance(known, type) and issubclass(known, torch.nn.Module)
+    ensure(able and None not in (settings, own), f"checkpoint: {name!r} holds a {kind}, which "
+           "can't be made from the file alone. Make one and pass it as model=.")
+    body = backbone(own["name"], pretrained=False, out_indices=own["out_indices"])
+    body.fixed_stats = own["fixed_stats"]
+    return known(**settings, body=body)
 
 # %% ../nbs/95b_saving.ipynb #6581fb0a
 def load_detector(

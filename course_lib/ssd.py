@@ -10,7 +10,7 @@ import math, torch
 from torch import nn
 from .anchors import make_anchors
 from .backbone import backbone
-from .checks import check_grid
+from .checks import ensure
 
 # %% ../nbs/08b_ssd.ipynb #32816be5
 def _conv(n_in, n_out, kernel=3, stride=1, padding=1):
@@ -26,7 +26,8 @@ def _shrink(cells, grid):
     kernel = max(3, stride)
     reach = (grid - 1) * stride + kernel
     padding = (reach - cells + 1) // 2
-    check_grid(cells, grid, 0 < grid <= cells and padding < kernel)
+    ensure(0 < grid <= cells and padding < kernel, f"grids: a map of {cells} x {cells} cells can't "
+           f"be made into {grid} x {grid}. Take {cells} or {-(-cells // 2)}, and halve from there.")
     return kernel, stride, padding
 
 # %% ../nbs/08b_ssd.ipynb #354b8b69

@@ -31,17 +31,16 @@ def flat(
 ) -> dict:     # a long tensor for each key, and `picture`, the number of each row's picture
     "Lists of dicts as long tensors; ValueError for what is missing, too long or no number"
     table = {key: columns(items, what, key, default) for key, default in keys.items()}
-    sizes = [len(boxes) for boxes in table["boxes"]]
+    sizes = torch.tensor([len(boxes) for boxes in table["boxes"]], dtype=torch.long)
     for key, column in table.items():
-        for i, (n, x) in enumerate(zip(sizes, column)):
+        for i, (n, x) in enumerate(zip(sizes.tolist(), column)):
             needed = "[n,4]" if key == "boxes" else f"[{n}], one for each of its {n} boxes"
             ensure(tuple(x.shape) == ((n, 4) if key == "boxes" else (n,)),
                    f"{what}[{i}][{key!r}] has shape {list(x.shape)}, and {needed} is needed.")
     table = {key: torch.cat(column) if column else torch.zeros((0, 4) if key == "boxes" else 0)
              for key, column in table.items()}
     table["boxes"], table["labels"] = table["boxes"].double(), table["labels"].long()
-    pictures, rows = torch.arange(len(items)), torch.tensor(sizes, dtype=torch.long)
-    table["picture"] = torch.repeat_interleave(pictures, rows)
+    table["picture"] = torch.arange(len(items)).repeat_interleave(sizes)
     check_values(table, what, n_classes)
     return table
 
