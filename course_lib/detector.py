@@ -22,8 +22,7 @@ from .ssd import SSD
 import fastai.callback.progress, fastai.callback.schedule
 import matplotlib.pyplot as plt
 import torch
-from fastai.basics import (Learner, Metric, distrib_barrier, get_model, patch, rank_distrib,
-                           replacing_yield)
+from fastai.basics import Learner, Metric, distrib_barrier, get_model, patch, rank_distrib
 
 
 # %% ../nbs/11b_detector.ipynb #33e5c803
@@ -128,8 +127,10 @@ def get_preds(self: DetectionLearner,
 
     Not what fastai's method of this name returns; its other arguments are not supported."""
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
-    collect = MeanAP(score=score)
-    with replacing_yield(self, "metrics", collect): self.validate(dl=dl)
+    metrics, collect = self.metrics, MeanAP(score=score)
+    self.metrics = collect
+    try: self.validate(dl=dl)
+    finally: self.metrics = metrics
     return collect.preds, collect.targets
 
 # %% ../nbs/11b_detector.ipynb #feae357b
@@ -220,8 +221,8 @@ def load(self: DetectionLearner,
     distrib_barrier()
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
-    ensure(state["classes"] == self.classes, f"checkpoint: {path.name!r} knows the classes "
-           f"{', '.join(state['classes'])}, and this learner {', '.join(self.classes)}.")
+    ensure(state["classes"] == self.classes, f"checkpoint: {path.name!r} knows "
+           f"{', '.join(state['classes'])}, in this order, the learner {', '.join(self.classes)}.")
     fill_model(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: fill_opt(self, state["opt"], model.anchors.device)
