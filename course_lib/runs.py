@@ -154,7 +154,7 @@ class Watch(Callback):
             with self.ema.averaged(): self.look(f"after {done} epoch{'s' * (done > 1)}", done)
     def look(self, when, done=0):
         n = len(self.records)
-        fig, axes = plt.subplots(1, n, figsize=(3 * n, 3.3), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(1, n, figsize=(2.5 * n, 2.8), squeeze=False, layout="constrained")
         found = predict(get_model(self.model), self.records, score=0.)
         for ax, record, one in zip(axes[0], self.records, found):
             keep = max(3, int((one["scores"] > .3).sum()))

@@ -6,10 +6,10 @@
 __all__ = ['NOTEBOOKS', 'lessons', 'opened_by', 'course_map']
 
 # %% ../nbs/00_start.ipynb #s00old1
-from .machine import (IN_TEST, Check, Machine, check_data, check_gpu,
-                                check_machine, check_memory, check_version, check_weights,
-                                cpu_count, data_root, data_sets, judge, memory_gb,
-                                project_root, requirements, spell, why_no_gpu)
+from .machine import (IN_TEST, Check, Machine, check_data, check_folder, check_gpu,
+                                check_machine, check_memory, check_pair, check_version,
+                                check_versions, check_weights, cpu_count, data_root, data_sets,
+                                judge, memory_gb, project_root, requirements, spell, why_no_gpu)
 
 # %% ../nbs/00_start.ipynb #s00expimp
 import inspect, json, re

@@ -244,7 +244,7 @@ def test_interrupted_save_leaves_the_old_file(make, tmp_path, monkeypatch, error
     def stop(state, f):
         f.write(old[:1000])
         raise error
-    monkeypatch.setattr(detector.torch, "save", stop)
+    monkeypatch.setattr(torch, "save", stop)
     with pytest.raises(type(error)): learn.save(path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.glob("*x.pth*")] == ["x.pth"]
     assert not list(tmp_path.glob(".*"))

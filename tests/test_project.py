@@ -88,8 +88,8 @@ def test_modules_import_only_from_what_stands_below_them():
 
 
 def test_each_module_has_one_notebook():
-    owners = Counter(re.search(r"#\| default_exp (\w+)", source).group(1) for path in notebooks()
-                     for source in code_of(path) if "#| default_exp" in source)
+    owners = Counter(found.group(1) for path in notebooks() for source in code_of(path)
+                     if (found := re.match(r"#\| default_exp (\w+)", source)))
     assert owners == Counter(path.stem for path in modules)
 
 
