@@ -97,6 +97,7 @@ def code_bytes(but=None):
 
 def shrunk(voc, ids, side, quality, out):
     "Some pictures and their annotations, shrunk into the folder `out`."
+    sys.path.append(str(Path(__file__).resolve().parent / "data"))
     from make_animals import shrink
     for name in ("JPEGImages", "Annotations"): (out / name).mkdir(parents=True, exist_ok=True)
     for i in ids:

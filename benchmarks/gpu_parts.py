@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from torch.autograd import DeviceType
 from torchvision.models.detection import _utils as tv
 
-sys.path.append(str(Path(__file__).resolve().parent / "timings"))
+sys.path += [str(Path(__file__).resolve().parent / name) for name in ("timings", "experiments")]
 import bench_loss  # noqa: E402
 import bench_step  # noqa: E402
 from many_objects import ANIMALS, torchvision_retinanet

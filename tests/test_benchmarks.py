@@ -33,7 +33,8 @@ def fake_voc(folder, sizes):
 
 
 def test_the_lists_are_those_of_the_table():
-    ids = {s: (HERE / "data" / f"voc2012_animals_{s}.txt").read_text().split() for s in ("train", "val")}
+    ids = {s: (HERE / "data" / f"voc2012_animals_{s}.txt").read_text().split()
+           for s in ("train", "val")}
     assert {s: len(v) for s, v in ids.items()} == dict(train=1697, val=1329)
     assert len(set(ids["train"]) | set(ids["val"])) == 3026 and ids["train"] == sorted(ids["train"])
 

@@ -400,7 +400,7 @@ def test_defaults_are_the_courses(data, tmp_path):
     assert len(learn.dls.train.one_batch()) == 4
 
 
-# ---------------------------------------------------------------- detectors that come with the course
+# ------------------------------------------------ detectors that come with the course
 
 def test_a_detector_that_comes_with_the_course_is_opened_by_its_name():
     from skimage import data as photos
@@ -420,4 +420,4 @@ def test_a_file_of_that_name_comes_first_and_a_misspelt_name_is_answered(tmp_pat
         load_detector("animls")
     (tmp_path / "animals").unlink()
     (tmp_path / "animals").mkdir()
-    assert load_detector("animals", "cpu")[0].size == 320, "a folder of that name is in nobody's way"
+    assert load_detector("animals", "cpu")[0].size == 320, "a folder of that name is no file"

@@ -1,4 +1,5 @@
-"""Makes the set of real photographs that README's results were measured on, from anybody's VOC2012.
+"""Makes the set of real photographs that README's results were measured on, from anybody's
+VOC2012.
 
     python benchmarks/data/make_animals.py                       # from VOC2012 where data lives
         (downloaded if it is not there)

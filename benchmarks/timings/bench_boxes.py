@@ -1,6 +1,7 @@
 """Time `pairwise_iou` beside `torchvision.ops.box_iou`, and write `results/boxes.json`.
 
-Run with `python benchmarks/timings/bench_boxes.py` (about half a minute on a laptop CPU). Each repeat
+Run with `python benchmarks/timings/bench_boxes.py` (about half a minute on a laptop CPU). Each
+repeat
 times both functions one after the other, in alternating order, so that a machine that slows
 down slows both. Reported: medians, and the median of the ratios ours / torchvision of each
 repeat (below 1: ours is faster). Measured with PyTorch's default number of threads and with
@@ -98,6 +99,7 @@ def main(out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "boxes.json",
+    results = Path(__file__).resolve().parents[1] / "results"
+    parser.add_argument("--out", default=results / "boxes.json",
                         help="where to write the JSON")
     main(parser.parse_args().out)

@@ -1,7 +1,8 @@
 """Time `detections` beside what torchvision's SSD and RetinaNet do after their network, and write
 `results/detect.json`.
 
-Run with `python benchmarks/timings/bench_detect.py` (about a minute on a quiet laptop CPU). A batch of
+Run with `python benchmarks/timings/bench_detect.py` (about a minute on a quiet laptop CPU). A
+batch of
 32 pictures of 128 px with 20 classes; the offsets, anchors and logits are the same for all, and
 so are the limits: scores above .05, at most 400 candidates a picture into NMS at an IoU of .5,
 at most 100 out. RetinaNet's `postprocess_detections` gets all anchors as one level, and must
@@ -138,6 +139,7 @@ def main(out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "detect.json",
+    results = Path(__file__).resolve().parents[1] / "results"
+    parser.add_argument("--out", default=results / "detect.json",
                         help="where to write the JSON")
     main(parser.parse_args().out)

@@ -1,7 +1,8 @@
 """Time `match` and `SSDLoss` beside torchvision's matchers and losses, and write
 `results/loss.json`.
 
-Run with `python benchmarks/timings/bench_loss.py` (about two minutes on a laptop CPU). One step is what
+Run with `python benchmarks/timings/bench_loss.py` (about two minutes on a laptop CPU). One step
+is what
 a training step does after the network: overlaps, matching, and the loss of a batch of 32
 pictures, with 20 classes. Two pairs, each with the same anchors, boxes and predictions:
 `SSDLoss(kind="hard")` beside torchvision's `SSDMatcher` and `SSD.compute_loss`, and
@@ -246,7 +247,8 @@ def main(out, batches, repeats):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "loss.json",
+    results = Path(__file__).resolve().parents[1] / "results"
+    parser.add_argument("--out", default=results / "loss.json",
                         help="where to write the JSON")
     parser.add_argument("--batches", type=int, default=5, help="different batches")
     parser.add_argument("--repeats", type=int, default=40, help="repeats of each case with "

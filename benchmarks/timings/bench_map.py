@@ -1,7 +1,8 @@
 """Time `mean_ap` (COCO style) beside faster-coco-eval and pycocotools, and write
 `results/map.json`.
 
-Run with `python benchmarks/timings/bench_map.py` (a few minutes on a laptop CPU). It needs `pip install
+Run with `python benchmarks/timings/bench_map.py` (a few minutes on a laptop CPU). It needs `pip
+install
 faster-coco-eval pycocotools`. All start from the same thing, which a training loop has in hand:
 for each picture a dict of tensors for its detections and one for its objects. The whole path is
 the time from there to the twelve numbers. The peers want lists of dicts in COCO's form, so
@@ -178,6 +179,7 @@ def main(out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "map.json",
+    results = Path(__file__).resolve().parents[1] / "results"
+    parser.add_argument("--out", default=results / "map.json",
                         help="where to write the JSON")
     main(parser.parse_args().out)

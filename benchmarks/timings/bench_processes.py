@@ -1,7 +1,7 @@
 """The same detector trained by one process and by two: is its mAP the same, within the spread over
 seeds?
 
-    python benchmarks/timings/bench_processes.py            # writes benchmarks/results/processes.json
+    python benchmarks/timings/bench_processes.py  # writes benchmarks/results/processes.json
 
 Both by the command: `course_train`, and `torchrun --nproc-per-node 2 --no-python course_train`
 with half the batch in each process, so that a step has as many pictures; two CPU processes talk

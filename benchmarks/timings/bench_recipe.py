@@ -1,10 +1,9 @@
 """The recipe beside torchvision's RetinaNet: the same photographs, backbone, machine and threads,
 at equal epochs, at equal time, and in a tenth of the time.
 
-    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision    # the
-        yardstick: 8 epochs at 224 px
-    python benchmarks/timings/bench_recipe.py                                                # writes
-        benchmarks/results/recipe.json
+    # first the yardstick, 8 epochs at 224 px
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision
+    python benchmarks/timings/bench_recipe.py  # writes benchmarks/results/recipe.json
 
 `tenth`: 160 px, in a tenth of the yardstick's training time. `equal`: 224 px, the yardstick's 8
 epochs. `full`: 224 px, its training time. The number of epochs that fits is worked out from ten

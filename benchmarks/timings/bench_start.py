@@ -2,7 +2,8 @@
 
     python benchmarks/timings/bench_start.py        # writes benchmarks/results/start.json
 
-`page` is the training of the page: seconds from the call of `train` to its end, mAP@.5 on the 300
+`page` is the training of the page: seconds from the call of `train` to its end, mAP@.5 on the
+300
 held-out pictures of pocket, in percent, that of each class, and that of the answers that are
 surer than .5. `small` is the second exercise.
 """

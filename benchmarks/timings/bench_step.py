@@ -1,7 +1,7 @@
 """What a training step costs: the course's pyramid beside torchvision's RetinaNet on the same
 backbone, 224 px, batches of 32.
 
-    python benchmarks/timings/bench_step.py            # writes benchmarks/results/step.json (on a GPU:
+    python benchmarks/timings/bench_step.py  # writes benchmarks/results/step.json (on a GPU:
         step_cuda.json)
 
 A step starts from bytes in memory: transform, forward, loss, backward, optimiser. `ours` is
