@@ -36,6 +36,7 @@ def nms(
     it). Classes are kept apart by moving each to a region of its own, in double precision; on
     the CPU more than 500 boxes go some classes at a time. Gives what
     `torchvision.ops.batched_nms` gives, and keeps classes apart at negative coordinates, too.
+    The readable twin is `nms_rounds` of lesson 10.
     ValueError for shapes that do not fit, boxes that are not finite, or unless 0 <= iou <= 1.
     """
     check_between("nms", iou=iou)

@@ -177,6 +177,8 @@ def mean_ap(
 ): # a `Scored`: `.map`, `.ap [C]` and, for "coco", `.stats [12]`
     """Mean average precision.
 
+    The readable twin, for one class by VOC's rule, is `average_precision` of lesson 11.
+
     "area", "11pt": the rule of the VOC devkit (VOCevaldet.m), with continuous pixels: IoU >=
     `iou` (some ports have >); `difficult` objects are neither to be found nor wrong; other keys
     are not looked at. "coco": the numbers of pycocotools, with `iscrowd`, and with `area`
