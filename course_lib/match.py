@@ -22,7 +22,8 @@ def strongest_first(
     """Give every object one anchor: the strongest pair first, ties to the lower object, then to
     the lower anchor.
 
-    The readable twin is `match_one` of lesson 7. In rounds: all pairs whose object and anchor are each other's strongest left are settled at
+    The readable twin is `match_one` of lesson 7.
+    In rounds: all pairs whose object and anchor are each other's strongest left are settled at
     once. Off the CPU there are always as many rounds as the worst case needs, so that nothing
     waits for the device.
     """
