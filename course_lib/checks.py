@@ -46,9 +46,9 @@ def check_classes(
     names,   # the names that there are
 ) -> list:
     "The list of classes asked for; each must be one of `names`, and there once"
-    ensure(not isinstance(classes, str), f"classes: {classes!r} is a string. Pass a list of names.")
+    ensure(not isinstance(classes, str), f"classes: {classes!r} is a string. Pass [{classes!r}].")
     classes = list(classes)
-    ensure(classes, "classes: the list is empty. Leave it out for all.")
+    ensure(classes, f"classes: empty. Name some of {', '.join(names)}, or leave it out for all.")
     for name in classes:
         ensure(name in names, f"classes: there is no {name!r} here.{hint(name, names)} "
                               f"There are {', '.join(names)}.")

@@ -139,8 +139,7 @@ def hold_out(
 ) -> Data: # the rest of train, a part of train, the old valid
     """For tuning: part of train becomes valid, and the old valid becomes test; the old test is not
     in it."""
-    m = len(data.train)
-    n = round(m * share)
+    n, m = round(len(data.train) * share), len(data.train)
     ensure(0 < n < m, f"share: {share} of {m} pictures leaves a split empty. Choose another.")
     picked = set(torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:n].tolist())
     parts = [[r for i, r in enumerate(data.train) if (i in picked) == chosen]

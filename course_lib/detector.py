@@ -222,7 +222,7 @@ def load(self: DetectionLearner,
     path, model = _place(self, file), get_model(self.model)
     state = read_checkpoint(path)
     ensure(state["classes"] == self.classes, f"checkpoint: {path.name!r} knows "
-           f"{', '.join(state['classes'])}, in this order, the learner {', '.join(self.classes)}.")
+           f"{', '.join(state['classes'])}; your data {', '.join(self.classes)}. They must agree.")
     fill_model(model, state, path.name)
     if device is not None: model.to(device)
     if with_opt and "opt" in state: fill_opt(self, state["opt"], model.anchors.device)

@@ -56,7 +56,8 @@ def open_image(
             if picture.size != expected == stored.size: picture = stored
             picture = as_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace it.") from None
+        raise OSError(f"{short(path)} cannot be read as a picture ({e}). Replace the file, or "
+                      "leave it out.") from None
     if expected and picture.size != expected:
         wrong = "{} has {} x {} pixels, its annotation says {} x {}. Correct the one or the other."
         raise ValueError(wrong.format(short(path), *picture.size, *expected))
@@ -195,8 +196,9 @@ def download(
 def _plain(member, folder):
     "Accept plain files and folders that stay inside, and nothing else."
     inside = not member.name.startswith(("/", "\\")) and ".." not in Path(member.name).parts
+    why = "is a link or a device" if inside else "lies outside the folder"
     if not (inside and (member.isfile() or member.isdir())):
-        raise tarfile.TarError(f"{member.name} is a link or a device, or lies outside the folder")
+        raise tarfile.TarError(f"{member.name} {why}")
     return tarfile.data_filter(member, folder)
 
 # %% ../nbs/93_files.ipynb #4b6340d5

@@ -46,7 +46,7 @@ def read_xml(path):
            "without objects.", FileNotFoundError)
     try: root = parse(path).getroot()
     except (ParseError, ValueError, LookupError) as e:  # ValueError: also what defusedxml refuses
-        raise ValueError(f"{where}: not a proper XML file ({e}). Correct it.") from None
+        raise ValueError(f"{where}: not a proper XML file ({e}). Mend or rewrite it.") from None
     size = _size(root.findtext("size/width"), root.findtext("size/height"), f"{where}, <size>")
     objects = []
     for i, node in enumerate(root.findall("object"), 1):
@@ -102,7 +102,7 @@ def _by_id(rows, where, **fields):
             raise ValueError(f"{where}[{i}]: {row!r} is not an object. Correct the file.")
         for name, kind in {"id": (int, str), **fields}.items():
             if not isinstance(row.get(name), kind):
-                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}. Correct the file.")
+                raise ValueError(f"{where}[{i}]: {name} is {row.get(name)!r}, or missing. Mend it.")
         ensure(row["id"] not in found, f"{where}[{i}]: id {row['id']} is there twice. Change one.")
         found[row["id"]] = row
     return found

@@ -178,7 +178,8 @@ def iou_losses(
     """1 - GIoU, or the CIoU loss, of the decoded boxes: `SSDLoss(anchors,
     box_losses=partial(iou_losses, anchors=anchors))`."""
     one_of("iou_losses: kind", kind, ("giou", "ciou"))
-    found, wanted = decode(offsets, anchors), boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    found = decode(offsets, anchors.to(offsets.device))  # the loss may have moved, and the model
+    wanted = boxes.gather(1, index[..., None].expand(-1, -1, 4))
     return 1 - giou(found, wanted) if kind == "giou" else complete_box_iou_loss(found, wanted)
 
 # %% ../nbs/12_fpn.ipynb #retinaloss1

@@ -106,7 +106,7 @@ def fill_model(model, state, name):
            f"whose weights do not fit this {type(model).__name__}.")
     mine, theirs = model.anchors.detach().cpu(), state["anchors"]
     ensure(mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-3), f"checkpoint: "
-           f"{name!r} was trained with other anchors than this model has.")
+           f"{name!r} was trained with other anchors; its boxes would be wrong here.")
     model.load_state_dict(state["model"])
 
 # %% ../nbs/95b_saving.ipynb #ofcourse

@@ -12,7 +12,7 @@ from torchvision.ops import complete_box_iou_loss, generalized_box_iou, generali
 from course_lib.anchors import decode, encode, make_anchors
 from course_lib.boxes import iou
 from course_lib.detector import checkpoint, load_detector, write_whole
-from course_lib.fpn import FPN, RetinaNet, atss, giou, iou_losses
+from course_lib.fpn import FPN, RetinaNet, atss, giou, iou_losses, retina_loss
 from course_lib.backbone import backbone
 from course_lib.losses import SSDLoss
 
@@ -219,3 +219,13 @@ def test_gradients():
                                complete_box_iou_loss(decode(offsets, anchors)[0, 0], b[0]))
     with pytest.raises(ValueError, match="diou"):
         iou_losses(offsets, b[None], index, anchors, "diou")
+
+
+def test_the_loss_may_be_made_before_model_and_loss_move_to_another_device():
+    model = RetinaNet(3, 64, width=16, depth=1,
+                      body=backbone(pretrained=False, out_indices=(2, 3, 4)))
+    loss = retina_loss(model).to("meta")
+    pred = (torch.zeros(2, len(model.anchors), 4, device="meta"),
+            torch.zeros(2, len(model.anchors), 3, device="meta"))
+    boxes, labels = torch.zeros(2, 1, 4, device="meta"), torch.zeros(2, 1, device="meta").long()
+    assert loss(pred, boxes, labels).device.type == "meta"

@@ -130,6 +130,10 @@ def test_the_library_stays_small():
     assert max(size[name] for name in LESSONS) <= 200, size
 
 
+# two errors of two kinds: an unknown name and weights that can't be fetched; a folder and names
+MORE = {("backbone", "backbone"), ("deploy", "to_onnx")}
+
+
 def test_a_lesson_has_at_most_one_line_of_checking():
     "What is wrong is said in `checks`: a raise or an ensure of a lesson's module is one statement."
     for name in LESSONS:
@@ -138,8 +142,8 @@ def test_a_lesson_has_at_most_one_line_of_checking():
             lines = [n for n in ast.walk(node) if isinstance(n, ast.Raise)
                      or isinstance(n, ast.Call)
                      and isinstance(n.func, ast.Name) and n.func.id == "ensure"]
-            assert len(
-                lines) <= 2, f"{name}.{node.name} has {len(lines)} raises and checks of its own"
+            more = f"{name}.{node.name} has {len(lines)} raises and checks of its own"
+            assert len(lines) <= (2 if (name, node.name) in MORE else 1), more
 
 
 @pytest.mark.parametrize("name", ["backbone", "boxes", "anchors", "match", "losses", "ssd", "fpn",

@@ -1,14 +1,11 @@
 """The ladder of lesson 13: every idea of the course as one rung, trained on the same photographs
 and scored on the same held-out pictures.
 
-    python benchmarks/experiments/ladder.py --list  # the rungs, what each adds, and which
-        are measured
-    python benchmarks/experiments/ladder.py  # runs what is missing, with seed 0
-    python benchmarks/experiments/ladder.py giou ema --seeds 0 1 2  # some rungs with three
-        seeds
-    python benchmarks/experiments/ladder.py giou --tune crop=.3  # another setting, judged on a
-        fifth of
-        the training split; nothing is stored
+    python benchmarks/experiments/ladder.py --list  # the rungs, and which are measured
+    python benchmarks/experiments/ladder.py         # runs what is missing, with seed 0
+    python benchmarks/experiments/ladder.py giou ema --seeds 0 1 2  # with three seeds
+    # another setting, judged on a fifth of the training split; nothing is stored
+    python benchmarks/experiments/ladder.py giou --tune crop=.3
 
 Each run writes benchmarks/results/ladder/RUNG-SEED.json when it is over, and a run whose file
 is there is not repeated: stop it when you like, call it again later, or start several with

@@ -1,13 +1,12 @@
 """Lessons 7 to 12 by numbers: the same data and budget, five detectors, one mAP each.
 
-    python benchmarks/experiments/many_objects.py                          # pocket, 128 px
-    python benchmarks/experiments/many_objects.py --data VOC2012-animals  # photographs, 224 px:
-        `python
-        benchmarks/data/make_animals.py` makes them
-    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision  #
-        torchvision's RetinaNet, for scale
-    python benchmarks/experiments/many_objects.py --data VOC2012-animals --tune  # a fifth of
-        the training split is the judge
+    python benchmarks/experiments/many_objects.py  # pocket, 128 px
+    # photographs, 224 px; `python benchmarks/data/make_animals.py` makes them
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals
+    # torchvision's RetinaNet, for scale
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --models torchvision
+    # a fifth of the training split is the judge
+    python benchmarks/experiments/many_objects.py --data VOC2012-animals --tune
 
 The models: `cells`, 16 cells with one anchor each; `bce`, 189 anchors; `hard`, the same with
 hard-negative mining; `focal`, the same with focal loss; `pyramid`, lesson 12's RetinaNet with

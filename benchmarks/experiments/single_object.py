@@ -1,16 +1,14 @@
 """Lessons 3 to 5 on real photographs: the largest object's class, its box, and both from one
 network.
 
-    python benchmarks/experiments/single_object.py  # the three models, scored on the
-        validation split
-    python benchmarks/experiments/single_object.py --tune  # tries settings: a fifth of the
-        training split is the judge,
-                                                             # the validation split stays closed
-    python benchmarks/experiments/single_object.py --models joint --data
-        path/to/a/folder/in/VOC/layout
+    # the three models, scored on the validation split
+    python benchmarks/experiments/single_object.py
+    # tries settings: a fifth of the training split is the judge, validation stays closed
+    python benchmarks/experiments/single_object.py --tune
+    # one model, on a folder in VOC's layout
+    python benchmarks/experiments/single_object.py --models joint --data FOLDER
 
-Needs `data/VOC2012-animals`: `python benchmarks/data/make_animals.py` makes it from VOC2012.
-All
+Needs `data/VOC2012-animals`: `python benchmarks/data/make_animals.py` makes it from VOC2012. All
 three models have the same backbone, data, transforms, budget and seed. Results go to
 benchmarks/results/single_object.json, one entry a model.
 """
